@@ -1,0 +1,491 @@
+"""What the three stages use identically: models, export, a step's mechanics, validation. (Files: runs.py.)
+
+Shapes: B samples, N audio tokens, D width of the UNet's cross-attention (768 for SD 1.5), E width of CLAP's embedding
+(512), C x h x w latents, L text tokens. Nothing here knows which stage is running.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import resource
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import runs
+from config import RunFailed, UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BASE_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
+
+# --- models on disk ---------------------------------------------------------------------------------------------------
+
+def resolve_model(name: str, what: str, parts: tuple[str, ...] = ("",)) -> Path:
+    """Return the local folder of a model given as a folder or as a hub name, downloading it only after saying so.
+
+    Raises:
+        UserError: the folder is missing or lacks a part, or the hub cannot be reached and has left no copy here.
+    """
+    patterns = [f"{part}/*" if part else "*" for part in parts] + ["model_index.json"]
+    skip = ["*.bin", "*.ckpt", "*.msgpack", "*.h5", "*.onnx", "*fp16*", "*non_ema*"]
+    folder = Path(name)
+    if not folder.exists() and name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        import huggingface_hub  # only a hub name needs it
+        download = {"allow_patterns": patterns, "ignore_patterns": skip}
+        try:
+            folder = Path(huggingface_hub.snapshot_download(name, local_files_only=True, **download))
+        except Exception as error:
+            if not isinstance(error, (OSError, ValueError)):  # huggingface_hub's "not in the cache" errors are these
+                raise
+        if not all((folder / part / f).exists() for part in parts for f in _needed(part)):
+            try:
+                huggingface_hub.HfApi().model_info(name, timeout=4)
+                print(f"downloading {what} {name} from the Hugging Face hub", flush=True)
+                folder = Path(huggingface_hub.snapshot_download(name, **download))
+            except Exception as error:  # every kind of network failure of the hub's client ends in the same sentence
+                raise UserError(f"{what} {name!r} is neither a folder here nor in the local model cache, and the hub "
+                                f"gave no copy ({type(error).__name__}); give a local folder or go online") from None
+    for part in parts:
+        for needed in _needed(part):
+            if not (folder / part / needed).exists():
+                raise UserError(f"{what} {name!r}: {folder / part / needed} is missing; expected a folder as "
+                                "from_pretrained loads it, or a hub name OWNER/NAME")
+    return folder
+
+
+def _needed(part: str) -> tuple[str, ...]:
+    return {"tokenizer": ("tokenizer_config.json",), "scheduler": ("scheduler_config.json",)}.get(part, ("config.json",))
+
+
+def fingerprint(model_dir: Path) -> str:
+    """A 16-digit name of a model folder's content: configs whole, weights by header and 32 blocks of 4 KiB.
+
+    Sampling makes 4 GB as quick as 4 MB; another training run changes every block.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(p for p in Path(model_dir).iterdir() if p.suffix in (".json", ".txt", ".safetensors", ".bin")):
+        size = path.stat().st_size
+        if path.suffix == ".json":
+            content = {k: v for k, v in json.loads(path.read_text("utf-8")).items() if not k.startswith("_")}
+            digest.update(json.dumps(content, sort_keys=True).encode())
+            continue
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for offset in np.linspace(0, max(0, size - 4096), 33, dtype=np.int64):
+                file.seek(int(offset))
+                digest.update(file.read(4096))
+    return digest.hexdigest()[:16]
+
+
+def fingerprints(base: Path, clap: Path) -> dict[str, str]:
+    """Which models an adapter belongs to: the UNet it was trained in and the CLAP whose embeddings it reads."""
+    return {"unet": fingerprint(base / "unet"), "clap": fingerprint(clap)}
+
+
+class CLAPAudioEncoder(nn.Module):
+    """The frozen CLAP audio tower: waveforms to unit-length embeddings.
+
+    Args:
+        model_name: local folder of a CLAP model (resolve_model turns a hub name into one).
+    """
+
+    def __init__(self, model_name: str | Path):
+        super().__init__()
+        quiet_libraries()
+        from transformers import ClapAudioModelWithProjection, ClapFeatureExtractor
+        self.extractor = ClapFeatureExtractor.from_pretrained(model_name)
+        self.model, info = ClapAudioModelWithProjection.from_pretrained(
+            model_name, dtype=torch.float32, output_loading_info=True)
+        if info["missing_keys"]:
+            raise UserError(f"CLAP model {model_name}: {len(info['missing_keys'])} weights are missing, first "
+                            f"{sorted(info['missing_keys'])[0]}; expected a whole CLAP checkpoint")
+        self.model.eval().requires_grad_(False)
+        self.sampling_rate: int = self.extractor.sampling_rate
+        self.window_s: float = self.extractor.nb_max_samples / self.sampling_rate
+        self.embed_dim: int = self.model.config.projection_dim
+
+    @torch.inference_mode()
+    def forward(self, waveforms: list[np.ndarray]) -> Tensor:
+        """waveforms: B arrays (samples,) float32 at `sampling_rate` -> audio_embeds (B, E) float32, unit length.
+
+        Raises:
+            ValueError: an array is not one-dimensional, empty, not finite or longer than the window: the extractor
+                would take it for several clips, crash, pass NaN on, or crop it at random.
+        """
+        for waveform in waveforms:
+            if waveform.ndim != 1 or not 0 < len(waveform) <= self.extractor.nb_max_samples:
+                raise ValueError(f"waveform has shape {waveform.shape}, expected (1..{self.extractor.nb_max_samples},)")
+            if not np.isfinite(waveform).all():
+                raise ValueError("waveform holds NaN or infinity")
+        inputs = self.extractor(list(waveforms), sampling_rate=self.sampling_rate, return_tensors="pt")
+        features = inputs["input_features"].to(self.model.device, torch.float32)
+        embeds = self.model(input_features=features, is_longer=inputs.get("is_longer")).audio_embeds
+        return F.normalize(embeds.float(), dim=-1)
+
+
+# --- the audio adapter ------------------------------------------------------------------------------------------------
+
+class AudioProjectionMLP(nn.Module):
+    """audio_embeds (B, E) -> audio_tokens (B, N, D): Linear E-2E, GELU, Linear 2E-(N*D), LayerNorm over D.
+
+    The shape is IP-Adapter FaceID's projection (Ye et al. 2023, arXiv 2308.06721, and diffusers'
+    IPAdapterFaceIDImageProjection). CLAP's vector has unit length, so its entries are about 1/sqrt(E); the factor
+    sqrt(E) brings them to unit size.
+    """
+
+    def __init__(self, input_dim: int, output_dim: int, num_tokens: int = 8):
+        super().__init__()
+        self.input_dim, self.output_dim, self.num_tokens = input_dim, output_dim, num_tokens
+        self.proj = nn.Sequential(nn.Linear(input_dim, 2 * input_dim), nn.GELU(),
+                                  nn.Linear(2 * input_dim, num_tokens * output_dim))
+        self.norm = nn.LayerNorm(output_dim)
+
+    def forward(self, audio_embeds: Tensor) -> Tensor:
+        if audio_embeds.shape[-1] != self.input_dim:
+            raise ValueError(f"audio_embeds are {audio_embeds.shape[-1]} wide, the adapter expects {self.input_dim}")
+        tokens = self.proj(audio_embeds * math.sqrt(self.input_dim))
+        return self.norm(tokens.unflatten(-1, (self.num_tokens, self.output_dim)))
+
+
+class AudioAttentionAdapter(nn.Module):
+    """Gated, decoupled cross-attention: attend(q, text) + tanh(gate) * attend(q, audio) in every cross-attention.
+
+    Holds bias-free audio K and V for each of the UNet's cross-attentions, begun as copies of the text K and V, and one
+    gate shared by all (a scalar, as in Flamingo, Alayrac et al. 2022, eq. 3). `attach` puts them into a UNet, which
+    then takes encoder_hidden_states = (text_tokens (B, L, D), audio_tokens (B, N, D)).
+    """
+
+    def __init__(self, unet: nn.Module, strength: float):
+        """strength: tanh(gate) to begin with, in (-1, 1)."""
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(()))
+        self.set_strength(strength)
+        self.to_k, self.to_v = nn.ModuleList(), nn.ModuleList()
+        for attn in cross_attentions(unet).values():
+            for copies, text in ((self.to_k, attn.to_k), (self.to_v, attn.to_v)):
+                linear = nn.Linear(text.in_features, text.out_features, bias=False)
+                linear.weight.data.copy_(text.weight.data.float())
+                copies.append(linear)
+
+    def set_strength(self, strength: float) -> None:
+        """Set tanh(gate), in (-1, 1]; 1 is the largest value below it that float32 can hold."""
+        self.gate.data.fill_(math.atanh(min(strength, 1 - 1e-7)))
+
+    def attach(self, unet: nn.Module) -> None:
+        """Make the UNet attend to the sound. The weights stay in this module, so the UNet's own are untouched."""
+        for i, attn in enumerate(cross_attentions(unet).values()):
+            attn.set_processor(AudioAttnProcessor(self, i))
+
+
+def cross_attentions(unet: nn.Module) -> dict[str, nn.Module]:
+    """The UNet's cross-attention modules by name, in the order of its attention processors."""
+    return {name.removesuffix(".processor"): unet.get_submodule(name.removesuffix(".processor"))
+            for name in unet.attn_processors if name.endswith("attn2.processor")}
+
+
+class AudioAttnProcessor:
+    """diffusers' AttnProcessor2_0 for a UNet's cross-attention, with the second, gated attention over audio tokens.
+
+    A plain object that refers to the adapter: the UNet does not own the adapter's weights, and a gate of 0 still gets
+    a gradient (diffusers' IP-Adapter processor skips its branch at scale 0).
+    """
+
+    def __init__(self, adapter: AudioAttentionAdapter, index: int):
+        self.adapter, self.index = adapter, index
+
+    def __call__(self, attn, hidden_states: Tensor, encoder_hidden_states: tuple[Tensor, Tensor],
+                 attention_mask=None, temb=None) -> Tensor:
+        """hidden_states (B, Q, channels) -> (B, Q, channels)."""
+        text_tokens, audio_tokens = encoder_hidden_states
+
+        def heads(x: Tensor) -> Tensor:  # (B, T, channels) -> (B, heads, T, head_dim)
+            return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+        query = heads(attn.to_q(hidden_states))
+        text = F.scaled_dot_product_attention(query, heads(attn.to_k(text_tokens)), heads(attn.to_v(text_tokens)),
+                                              attn_mask=attention_mask)
+        audio = F.scaled_dot_product_attention(query, heads(self.adapter.to_k[self.index](audio_tokens)),
+                                               heads(self.adapter.to_v[self.index](audio_tokens)))
+        gate = torch.tanh(self.adapter.gate).to(text.dtype)
+        mixed = (text + gate * audio).transpose(1, 2).flatten(2).to(query.dtype)
+        return attn.to_out[1](attn.to_out[0](mixed)) / attn.rescale_output_factor
+
+
+def add_lora(unet: nn.Module, rank: int, alpha: float, dropout: float) -> None:
+    """Put peft's LoRA (Hu et al. 2021) on to_q, to_k, to_v, to_out.0 of every attention; only it is trainable."""
+    from peft import LoraConfig
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, init_lora_weights="gaussian",
+                                target_modules=["to_q", "to_k", "to_v", "to_out.0"]), adapter_name="lora")
+    for name, p in unet.named_parameters():
+        if ".lora_" in name:
+            p.data = p.data.float()  # trainable weights stay float32 whatever the frozen ones are held in
+
+
+class LoraWeights:
+    """The LoRA tensors inside a UNet as one object that can be saved and loaded like a module."""
+
+    def __init__(self, unet: nn.Module):
+        self.tensors = {name: p for name, p in unet.named_parameters() if ".lora_" in name}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self.tensors.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, p in self.tensors.items():
+            p.data.copy_(state[name])
+
+
+def trainable_parameters(weights: dict) -> list[nn.Parameter]:
+    """The explicit list of what is optimized, clipped and averaged, in the order of the registered weights."""
+    parts = (part.parameters() if isinstance(part, nn.Module) else part.tensors.values() for part in weights.values())
+    return [p for part in parts for p in part if p.requires_grad]
+
+
+def check_dims(unet: nn.Module, data) -> None:
+    """Raises UserError if the cached features do not fit the UNet; both sides are named."""
+    text_dim, width = data.empty_text_embeds.shape[-1], unet.config.cross_attention_dim
+    if text_dim != width:
+        raise UserError(f"text embeddings are {text_dim} wide, the UNet's cross-attention expects {width}; "
+                        "text encoder and UNet must be of one base model")
+    if data.latent_shape[0] != unet.config.in_channels:
+        raise UserError(f"latents have {data.latent_shape[0]} channels, the UNet expects {unet.config.in_channels}; "
+                        "VAE and UNet must be of one base model")
+
+
+def make_ema(parameters: list[nn.Parameter], decay: float):
+    """diffusers' EMAModel over the trainable parameters, or None for decay 0."""
+    from diffusers.training_utils import EMAModel
+    return EMAModel(parameters, decay=decay) if decay else None
+
+
+@contextmanager
+def averaged(ema, parameters: list[nn.Parameter]):
+    """Inside, the parameters hold their averages; without an EMA nothing changes."""
+    if ema:
+        ema.store(parameters)
+        ema.copy_to(parameters)
+    yield
+    if ema:
+        ema.restore(parameters)
+
+
+# --- one step's mechanics -----------------------------------------------------------------------------------------------
+
+def step_generator(*key: int) -> torch.Generator:
+    """A CPU generator that depends on nothing but its key, e.g. (seed, step); also seeds the global one (dropout)."""
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    torch.manual_seed(seed)
+    return torch.Generator().manual_seed(seed)
+
+
+def draw_latents(batch: dict, generator: torch.Generator) -> Tensor:
+    """A sample of the VAE's posterior from the cached mean and std (B, F, C, h, w) -> latents (B, C, h, w).
+
+    F is 2 where mirrored pictures are cached too; each sample then draws which one it shows.
+    """
+    mean, std = batch["latents_mean"], batch["latents_std"]
+    which = torch.randint(mean.shape[1], (len(mean),), generator=generator)
+    mean, std = mean[range(len(mean)), which], std[range(len(mean)), which]
+    return mean + std * torch.randn(mean.shape, generator=generator)
+
+
+def draw_window(batch: dict, generator: torch.Generator) -> Tensor:
+    """One of each clip's k cached windows: (B, k, E) -> audio_embeds (B, E)."""
+    windows = batch["audio_embeds"]
+    return windows[range(len(windows)), torch.randint(windows.shape[1], (len(windows),), generator=generator)]
+
+
+def drop_conditions(text_tokens: Tensor, audio_embeds: Tensor, empty_text: Tensor, caption: float, audio: float,
+                    both: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Replace, sample by sample, the caption by the empty one, the sound by the null audio (zeros), or both.
+
+    One draw decides for a sample (as in IP-Adapter's training), so the three shares never add up in one sample.
+    text_tokens (B, L, D), audio_embeds (B, E), empty_text (L, D).
+    """
+    draw = torch.rand(len(text_tokens), generator=generator)
+    no_both = draw < both
+    no_text = no_both | ((draw >= both) & (draw < both + caption))
+    no_audio = no_both | ((draw >= both + caption) & (draw < both + caption + audio))
+    return (torch.where(no_text[:, None, None], empty_text, text_tokens),
+            torch.where(no_audio[:, None], torch.zeros_like(audio_embeds), audio_embeds))
+
+
+def mse_per_sample(pred: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of each sample (B, ...) -> (B,), in float32 whatever the model computed in."""
+    return F.mse_loss(pred.float(), target.float(), reduction="none").flatten(1).mean(1)
+
+
+def diffusion_target(scheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """What the UNet is to predict: the noise, or the velocity (Salimans & Ho 2022), as the scheduler's config says."""
+    kind = scheduler.config.prediction_type
+    if kind == "epsilon":
+        return noise
+    if kind == "v_prediction":
+        return scheduler.get_velocity(latents, noise, timesteps)
+    raise UserError(f"the base model's scheduler predicts {kind!r}; expected epsilon or v_prediction")
+
+
+class FiniteCheck:
+    """Decides whether a step may be taken, and ends the run after three in a row that may not."""
+
+    def __init__(self, log: runs.Logger, warn_above: float = 100.0):
+        self.log, self.warn_above, self.in_a_row = log, warn_above, 0
+
+    def __call__(self, step: int, loss: Tensor, grad_norm: Tensor, sample_ids: list[str]) -> bool:
+        """True if loss and gradient norm are finite. This is the step's one wait for the device.
+
+        Raises:
+            RunFailed: three steps in a row were not finite.
+        """
+        finite = bool(torch.isfinite(loss + grad_norm))
+        self.in_a_row = 0 if finite else self.in_a_row + 1
+        if not finite:
+            self.log.text(f"step {step}: loss {float(loss):g}, gradient norm {float(grad_norm):g}: update skipped; "
+                          f"samples {', '.join(sample_ids)}")
+        elif grad_norm > self.warn_above:
+            self.log.text(f"step {step}: gradient norm {float(grad_norm):.1f} is above {self.warn_above:g}")
+        if self.in_a_row == 3:
+            raise RunFailed(f"{self.log.folder}: loss or gradient not finite in steps {step - 2} to {step}; the last "
+                            "checkpoint is good; lower the learning rate or look at the samples named in log.txt")
+        return finite
+
+
+# --- does the sound matter: right, silence and other ---------------------------------------------------------------------
+
+def interval(values: np.ndarray, seed: int = 0) -> list[float]:
+    """[mean, low, high]: a 95 % percentile bootstrap over the clips, 2000 resamples with a fixed seed."""
+    means = values[np.random.default_rng(seed).integers(0, len(values), (2000, len(values)))].mean(1)
+    return [float(values.mean()), *(float(v) for v in np.percentile(means, [2.5, 97.5]))]
+
+
+def other_sounds(labels: list[str], audio_ids: list[str], seed: int) -> list[int]:
+    """For each clip the index of another clip: never the same recording, and of another label if there is one."""
+    rng, others = np.random.default_rng([seed, 77]), []
+    for label, audio in zip(labels, audio_ids):
+        different = [j for j, a in enumerate(audio_ids) if a != audio]
+        if not different:
+            raise UserError("the validation split holds one recording only; expected at least two different ones")
+        others.append(int(rng.choice([j for j in different if labels[j] != label] or different)))
+    return others
+
+
+@torch.inference_mode()
+def validation_losses(predict, val, scheduler, device, autocast, cfg, sounds=("right", "silence", "other")) -> dict:
+    """Loss of each validation clip with each sound, on fixed noise and timesteps: {sound: (n,) float64}.
+
+    predict(noisy_latents, timesteps, text_tokens, audio_embeds) -> pred. Silence is the null audio, the zero embedding.
+    The caption is the empty one, so that no class name explains what only the sound should. A clip's `val_draws`
+    timesteps lie one in each equal part of the schedule.
+    """
+    n = min(len(val), cfg.val_clips or len(val))
+    rows = [val[i] for i in range(n)]
+    others = other_sounds([r["label"] for r in val.rows[:n]], [r["audio"] for r in val.rows[:n]], cfg.seed)
+    right = torch.stack([row["audio_embeds"][0] for row in rows])  # (n, E)
+    embeds = {"right": right, "silence": torch.zeros_like(right), "other": right[others]}
+    latents = torch.stack([row["latents_mean"][0] for row in rows])  # (n, C, h, w)
+    part = scheduler.config.num_train_timesteps // cfg.val_draws
+    losses = {sound: np.zeros(n) for sound in sounds}
+    for draw in range(cfg.val_draws):
+        generator = torch.Generator().manual_seed(cfg.seed * 1000 + draw)
+        noise = torch.randn(latents.shape, generator=generator)
+        timesteps = torch.randint(draw * part, (draw + 1) * part, (n,), generator=generator)
+        for at in range(0, n, cfg.val_batch_size):
+            chunk = slice(at, min(n, at + cfg.val_batch_size))
+            x, e, t = latents[chunk].to(device), noise[chunk].to(device), timesteps[chunk].to(device)
+            text_tokens = val.empty_text_embeds.to(device).expand(len(x), -1, -1)
+            noisy_latents, target = scheduler.add_noise(x, e, t), diffusion_target(scheduler, x, e, t)
+            for sound in sounds:
+                with autocast():
+                    pred = predict(noisy_latents, t, text_tokens, embeds[sound][chunk].to(device))
+                losses[sound][chunk] += mse_per_sample(pred, target).double().cpu().numpy() / cfg.val_draws
+    return losses
+
+
+def validate(predict, val, scheduler, device, autocast, cfg) -> dict[str, list[float]]:
+    """[mean, low, high] of val_right, val_silence, val_other and of silence and other minus right, paired by clip."""
+    losses = validation_losses(predict, val, scheduler, device, autocast, cfg)
+    result = {f"val_{sound}": interval(values) for sound, values in losses.items()}
+    for sound in ("silence", "other"):
+        result[f"{sound}_minus_right"] = interval(losses[sound] - losses["right"])
+    return result
+
+
+# --- logging ----------------------------------------------------------------------------------------------------------
+
+def log_header(log: runs.Logger, cfg, device, weights: dict, unet: nn.Module, train, val, progress) -> None:
+    trainable = sum(p.numel() for p in trainable_parameters(weights))
+    total = sum(p.numel() for p in unet.parameters()) + sum(
+        p.numel() for part in weights.values() if isinstance(part, nn.Module) for p in part.parameters())
+    log.text(f"{cfg.name}: {trainable:,} of {total:,} parameters train ({trainable / total:.1%}); base {cfg.base_model}, "
+             f"CLAP {cfg.clap_model}")
+    log.text(f"{cfg.name}: {len(train)} train and {len(val)} validation clips, {train.embed_dim}-wide embeddings, latents "
+             f"{'x'.join(map(str, train.latent_shape))}; {device.type}, {cfg.precision} autocast, frozen UNet in "
+             f"{cfg.frozen_dtype}")
+    log.text(f"{cfg.name}: effective batch {cfg.batch_size * cfg.accumulation} ({cfg.batch_size} x {cfg.accumulation}), "
+             f"EMA {getattr(cfg, 'ema_decay', 0) or 'off'}, seed {cfg.seed}, memory so far "
+             f"{peak_memory_mb(device)['rss']:.0f} MB")
+    log.text(f"{cfg.name}: {'resuming at' if progress.step else 'starting at'} step {progress.step} of {cfg.steps}")
+
+
+def log_step(log: runs.Logger, bar, cfg, progress, loss: Tensor, grad_norm: Tensor, device, **more: float) -> None:
+    """Advance the bar; on log steps, and only there, fetch the loss from the device and write it down."""
+    bar.update()
+    if progress.step % cfg.log_every and progress.step != cfg.steps:
+        return
+    values = {"loss": float(loss), "grad_norm": float(grad_norm), **{key: float(v) for key, v in more.items()}}
+    bar.set_postfix({key: f"{value:.4g}" for key, value in values.items()})
+    log.scalars(progress.step, **values, s_per_step=progress.seconds / progress.step,
+                memory_mb=max(peak_memory_mb(device).values()))
+
+
+# --- the machine ------------------------------------------------------------------------------------------------------
+
+def pick_device(device: str, precision: str):
+    """Return (torch.device, autocast): autocast() is a context in bfloat16, or one that does nothing for fp32.
+
+    Raises:
+        UserError: CUDA was asked for and is not there, or it has no BF16.
+    """
+    cuda = torch.cuda.is_available()
+    if device == "cuda" and not cuda:
+        raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu or auto")
+    device = torch.device("cuda" if cuda and device != "cpu" else "cpu")
+    if device.type == "cuda" and precision == "bf16" and not torch.cuda.is_bf16_supported():
+        raise UserError(f"{torch.cuda.get_device_name()} has no BF16; use --precision fp32")
+    return device, lambda: torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def peak_memory_mb(device: torch.device) -> dict[str, float]:
+    """Peak memory in MB: resident set of the process, and on CUDA what was allocated and reserved."""
+    memory = {"rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    if device.type == "cuda":
+        memory |= {"cuda_allocated": torch.cuda.max_memory_allocated() / 2 ** 20,
+                   "cuda_reserved": torch.cuda.max_memory_reserved() / 2 ** 20}
+    return {key: round(value, 1) for key, value in memory.items()}
+
+
+@contextmanager
+def oom_advice():
+    """Turn CUDA's out-of-memory traceback into one sentence of advice."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        raise RunFailed("CUDA is out of memory; the checkpoints are intact; lower --batch-size and raise --accumulation "
+                        "by the same factor, or hold the frozen models in bf16 (--frozen-dtype bf16)") from None
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' notices off a user's first screen; their errors still show."""
+    import diffusers
+    import transformers
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.logging.set_verbosity_error()
+    diffusers.logging.disable_progress_bar()

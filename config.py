@@ -1,0 +1,249 @@
+"""Settings and exits, without heavy imports: `--help` and every configuration error answer before torch loads.
+
+A stage's parser is the only place where a key, its type, bounds, default and help live. A value comes from the
+parser's default, then the JSON file given by --config, then the command line; the last one wins. The JSON file
+has a section `common` that every stage reads and one section for each stage:
+
+    {"common": {"base_model": "assets/tiny/base", "batch_size": 16}, "stage1": {"steps": 600}, "data": ["world"]}
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import math
+import signal
+import sys
+from pathlib import Path
+
+SECTIONS = ("common", "stage1", "stage2", "stage3")
+EXIT_FAILED, EXIT_USER = 1, 2
+
+
+class UserError(Exception):
+    """The user's input is wrong: one sentence that says what, where, got, expected and what to do. Exit code 2."""
+
+
+class RunFailed(Exception):
+    """The work itself failed (non-finite losses, a gate that walks away, a full disk). Exit code 1."""
+
+
+class Stopped(Exception):
+    """A signal ended the program in good order. Exit code 128 + signal number."""
+
+    def __init__(self, signum: int, detail: str = "nothing was left half-written, the same command goes on"):
+        super().__init__(f"stopped by {signal.Signals(signum).name}: {detail}")
+        self.signum = signum
+
+
+class Number:
+    """An argparse type with bounds, for flags and JSON alike: Number(int, 1), Number(float, 0, 1)."""
+
+    def __init__(self, kind: type, low: float = -math.inf, high: float = math.inf):
+        self.kind, self.low, self.high = kind, low, high
+        self.__name__ = "whole number" if kind is int else "number"
+
+    def __call__(self, text: str):
+        try:
+            value = self.kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected a {self.__name__}") from None
+        return self.check(value)
+
+    def check(self, value):
+        """Check a value that JSON has parsed already; a bool is no number and 8.0 is no whole number."""
+        if type(value) is not self.kind and not (self.kind is float and type(value) is int):
+            raise argparse.ArgumentTypeError(f"got {json.dumps(value)}, expected a {self.__name__}")
+        if not (math.isfinite(value) and self.low <= value <= self.high):
+            raise argparse.ArgumentTypeError(f"got {value}, expected {self.range()}")
+        return self.kind(value)
+
+    def range(self) -> str:
+        if self.high == math.inf:
+            return f"a {self.__name__} of at least {self.low:g}"
+        return f"a {self.__name__} from {self.low:g} to {self.high:g}"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def new_parser(doc: str) -> argparse.ArgumentParser:
+    """A parser without abbreviations that shows the script's docstring and raises UserError on a bad flag."""
+    return _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+
+def _no_duplicates(pairs: list[tuple]) -> dict:
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise UserError(f"key {key!r} stands twice")
+    return dict(pairs)
+
+
+def _not_finite(text: str):
+    raise UserError(f"{text} is not a number that JSON or a setting can have")
+
+
+def read_json(path: str | Path) -> dict:
+    """Read a JSON object strictly: duplicate keys, NaN and Infinity are errors.
+
+    Raises:
+        UserError: the file is missing, is not UTF-8 or is not one JSON object.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_not_finite)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give an existing JSON file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not UTF-8 text; expected a JSON file") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: line {error.lineno}: not valid JSON ({error.msg})") from None
+    except (UserError, RecursionError) as error:
+        raise UserError(f"{path}: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: got a JSON {type(value).__name__}, expected an object {{...}}")
+    return value
+
+
+def nearest(key: str, known) -> str:
+    match = difflib.get_close_matches(key, list(known), n=1)
+    return f"did you mean {match[0]!r}?" if match else f"known: {', '.join(sorted(known))}"
+
+
+def _check_value(action: argparse.Action, value, where: str):
+    """One JSON value against the flag's action: type, bounds, choices."""
+    def fail(expected: str):
+        raise UserError(f"{where}: got {json.dumps(value)}, expected {expected}")
+
+    if isinstance(action, argparse.BooleanOptionalAction):
+        return value if isinstance(value, bool) else fail("true or false")
+    if action.nargs in ("+", "*"):
+        if not isinstance(value, list):
+            fail("a list")
+        return [_check_item(action, item, where) for item in value]
+    return _check_item(action, value, where)
+
+
+def _check_item(action: argparse.Action, value, where: str):
+    if isinstance(action.type, Number):
+        try:
+            value = action.type.check(value)
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"{where}: {error}") from None
+    elif not isinstance(value, str):
+        raise UserError(f"{where}: got {json.dumps(value)}, expected text")
+    if action.choices and value not in action.choices:
+        raise UserError(f"{where}: got {value!r}, expected one of {', '.join(map(str, action.choices))}")
+    return value
+
+
+def parse_config(parser: argparse.ArgumentParser, section: str, argv: list[str] | None = None) -> argparse.Namespace:
+    """Merge default < JSON < flag. The result's `origin` says where each value that is not a default came from.
+
+    Raises:
+        UserError: an unknown key (with the nearest match), a wrong type, a value out of range, a bad flag.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    actions = {a.dest: a for a in parser._actions if a.option_strings and a.dest not in ("help", "config")}
+    flags = {option for a in parser._actions for option in a.option_strings}
+    given = {token.split("=")[0] for token in argv if token.split("=")[0] in flags}
+    args = parser.parse_args(argv)
+    args.origin = {dest: "flag" for dest, a in actions.items() if given & set(a.option_strings)}
+    if args.config:
+        content = read_json(args.config)
+        for name, values in content.items():
+            if name == "data":
+                continue  # how run_all_stages.sh makes the data; a stage has no use for it
+            if name not in SECTIONS:
+                raise UserError(f"{args.config}: unknown section {name!r}; {nearest(name, SECTIONS)}")
+            if not isinstance(values, dict):
+                raise UserError(f"{args.config}: section {name!r} is not an object {{...}}")
+        for name in ("common", section):
+            for key, value in content.get(name, {}).items():
+                where = f"{args.config}: {name}.{key}"
+                if key not in actions:
+                    raise UserError(f"{where}: unknown key; {nearest(key, actions)}")
+                value = _check_value(actions[key], value, where)
+                if args.origin.get(key) != "flag":
+                    setattr(args, key, value)
+                    args.origin[key] = f"{args.config} [{name}]"
+    return args
+
+
+def common_flags(parser: argparse.ArgumentParser, stage: str) -> None:
+    """The flags that every stage has: places, data, device, validation, checkpoints and logs."""
+    add = parser.add_argument
+    # places
+    add("--config", default="configs/tiny.json", help="JSON file with sections common and %s ('' = none)" % stage)
+    add("--run", default="runs/tiny", help="run folder; this stage writes into a folder of its own name inside it")
+    add("--name", default=Path(sys.argv[0]).stem.removeprefix("train_") or stage,
+        help="name of this stage's folder in the run (default: the script's name without train_)")
+    add("--data-root", default="data/world", help="folder with metadata.jsonl")
+    add("--cache-dir", default="cache", help="folder of the feature caches, shared by stages and runs")
+    add("--base-model", default="assets/tiny/base", help="Stable Diffusion model: folder or hub name")
+    add("--clap-model", default="assets/tiny/clap", help="CLAP model: folder or hub name")
+    add("--log-dir", default="", help="folder for TensorBoard's files ('' = inside the stage's folder)")
+    # data
+    add("--image-size", type=Number(int, 8, 4096), default=64, help="side of the training pictures in pixels")
+    add("--windows", type=Number(int, 1, 64), default=1, help="CLAP windows taken from each clip; a step picks one")
+    add("--flip", action=argparse.BooleanOptionalAction, default=False, help="mirror half of the pictures")
+    add("--max-bad-share", type=Number(float, 0, 1), default=0.01, help="share of unusable rows above which to stop")
+    add("--batch-size", type=Number(int, 1), default=2, help="samples in one forward pass")
+    add("--accumulation", type=Number(int, 1), default=1, help="forward passes in one optimizer step")
+    add("--workers", type=Number(int, 0, 64), default=2, help="loader processes (0 = load in this process)")
+    # device and numbers
+    add("--seed", type=Number(int, 0, 2 ** 31 - 1), default=0, help="seed of order, noise, timesteps, drops, LoRA")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto = CUDA if torch sees it")
+    add("--precision", choices=("bf16", "fp32"), default="bf16", help="autocast type of the forward pass; fp32 = none")
+    add("--frozen-dtype", choices=("fp32", "bf16"), default="fp32", help="type the frozen UNet is held in")
+    # validation
+    add("--validate-every", type=Number(int, 0), default=500, help="steps between validations (0 = only at both ends)")
+    add("--val-draws", type=Number(int, 1, 100), default=4, help="fixed noise and timestep draws for each clip")
+    add("--val-clips", type=Number(int, 0), default=0, help="validation clips used (0 = all)")
+    add("--val-batch-size", type=Number(int, 1), default=32, help="samples in one validation forward pass")
+    # checkpoints, logs, pictures
+    add("--save-every", type=Number(int, 1), default=500, help="steps between checkpoints")
+    add("--keep", type=Number(int, 2, 1000), default=5, help="newest checkpoints kept, beside best")
+    add("--log-every", type=Number(int, 1), default=10, help="steps between log lines")
+    add("--sample-every", type=Number(int, 0), default=0, help="steps between sample pictures (0 = only at the end)")
+    add("--samples", type=Number(int, 0, 64), default=8, help="validation clips in the sample pictures (0 = none)")
+    add("--allow-changed", action=argparse.BooleanOptionalAction, default=False,
+        help="resume although learning settings or data differ from the checkpoint's")
+    add("--fresh", action=argparse.BooleanOptionalAction, default=False,
+        help="begin anew; what is there is kept in a backup folder")
+    add("--dry-run", action="store_true", help="print the resolved settings and end")
+
+
+def settings(args: argparse.Namespace) -> dict:
+    """The resolved settings as a plain dictionary, without what is not a setting."""
+    return {key: value for key, value in sorted(vars(args).items()) if key not in ("origin", "dry_run", "config")}
+
+
+def describe(args: argparse.Namespace) -> str:
+    """The resolved settings, one a line, with where each that is not a default came from."""
+    return "\n".join(f"  {key:<24} {value!s:<40} {args.origin.get(key, '')}".rstrip()
+                     for key, value in settings(args).items())
+
+
+def _raise_stopped(signum: int, frame) -> None:
+    raise Stopped(signum)
+
+
+def run_main(main) -> None:
+    """Call main() and turn its end into an exit code; the last line on stderr is the one sentence of the error."""
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, _raise_stopped)
+    try:
+        code = main() or 0
+    except (UserError, RunFailed, Stopped) as error:
+        sys.stdout.flush()
+        print(f"error: {error}" if not isinstance(error, Stopped) else str(error), file=sys.stderr, flush=True)
+        code = {UserError: EXIT_USER, RunFailed: EXIT_FAILED}.get(type(error)) or 128 + error.signum
+    except BrokenPipeError:
+        code = 128 + signal.SIGPIPE
+        sys.stderr.close()
+    sys.exit(code)

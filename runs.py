@@ -1,0 +1,398 @@
+"""What a run leaves on disk: files that are whole or absent, checkpoints, the locked run folder, the logs.
+
+A checkpoint is one safetensors file with every registered object and a JSON header; nothing is ever pickled.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor
+
+from config import RunFailed, Stopped, UserError
+
+FORMAT = 1
+
+
+# --- files that are whole or absent -------------------------------------------------------------------------------------
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write through a temporary file in the same folder, fsync, rename, fsync the folder.
+
+    Raises:
+        RunFailed: no space is left, or the file cannot be written; the old file is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise RunFailed(f"no space left in {path.parent}, {len(content) / 1e6:.1f} MB needed for {path.name}; free "
+                            "some and run the same command again") from None
+        raise RunFailed(f"{path}: cannot be written ({error.strerror})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value) -> None:
+    write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _flatten(value, name: str, tensors: dict[str, Tensor]):
+    """Split a state into JSON and tensors: tensors go into `tensors` under their path, the rest is returned."""
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().cpu().contiguous()
+        return {"tensor": name}
+    if isinstance(value, dict):  # as pairs, since an optimizer's keys are integers
+        return {"pairs": [[key, _flatten(item, f"{name}.{key}", tensors)] for key, item in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return {"items": [_flatten(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]}
+    return {"value": value}
+
+
+def _unflatten(tree, tensors: dict[str, Tensor]):
+    if "tensor" in tree:
+        return tensors[tree["tensor"]]
+    if "pairs" in tree:
+        return {key: _unflatten(item, tensors) for key, item in tree["pairs"]}
+    if "items" in tree:
+        return [_unflatten(item, tensors) for item in tree["items"]]
+    return tree["value"]
+
+
+def _digest(header: dict, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def save_checkpoint(path: Path, objects: dict, header: dict) -> None:
+    """Write every registered object's state_dict and a JSON header with its SHA-256 into one safetensors file.
+
+    Raises:
+        RunFailed: a trainable weight is not finite (nothing is written), or the disk is full.
+    """
+    tensors: dict[str, Tensor] = {}
+    header = {"format": FORMAT, **header,
+              "objects": {name: _flatten(part.state_dict(), name, tensors) for name, part in objects.items()}}
+    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if bad:
+        raise RunFailed(f"{path}: {bad[0]} is not finite, so it was not written; the checkpoint before is good")
+    header = json.loads(json.dumps(header))
+    metadata = {"clap2diffusion": json.dumps({**header, "sha256": _digest(header, tensors)})}
+    # sub-tensors with storage in common (none are expected) would make safetensors refuse: clone scalars is enough
+    write_atomic(path, safetensors_bytes({k: v.clone() if v.dim() == 0 else v for k, v in tensors.items()}, metadata))
+
+
+def read_checkpoint(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """Return (header, tensors) of a checkpoint whose SHA-256 is right.
+
+    Raises:
+        UserError: missing, truncated, foreign, altered, or of an unknown format version.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+        header = json.loads(metadata["clap2diffusion"])
+        recorded = header.pop("sha256")
+    except (OSError, SafetensorError, KeyError, ValueError, AttributeError) as error:
+        kind = "it does not exist" if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: not a checkpoint of ours ({kind}); expected an unbroken safetensors file that a "
+                        "stage has written") from None
+    if recorded != _digest(header, tensors):
+        raise UserError(f"{path}: its content does not match its SHA-256; the file was altered, use another checkpoint")
+    if header.get("format") != FORMAT:
+        raise UserError(f"{path}: format version {header.get('format')}, expected {FORMAT}")
+    return header, tensors
+
+
+def load_objects(path: Path, header: dict, tensors: dict[str, Tensor], objects: dict) -> None:
+    """Load the registered objects from what read_checkpoint returned; nothing may be missing or of another size.
+
+    Raises:
+        UserError: an object or a tensor is missing, or a shape differs (both sides shown).
+    """
+    for name, part in objects.items():
+        if name not in header["objects"]:
+            raise UserError(f"{path}: holds {', '.join(header['objects'])}, expected {name!r} as well")
+        state = _unflatten(header["objects"][name], tensors)
+        if name in ("audio_proj", "audio_attn", "lora"):
+            own = part.state_dict()
+            for key in own.keys() | state.keys():
+                have, want = (tuple(s[key].shape) if key in s else "absent" for s in (state, own))
+                if have != want:
+                    raise UserError(f"{path}: {name}.{key} is {have}, this run expects {want}; the dimensions must agree")
+        part.load_state_dict(state)
+
+
+# --- the run folder ---------------------------------------------------------------------------------------------------
+
+class Progress:
+    """Where a stage stands. Saved and loaded with the rest, so a resumed stage stops and decides as an unbroken one."""
+
+    def __init__(self, **extra):
+        self.__dict__.update(step=0, best=None, best_step=0, bad_validations=0, first_validation=None,
+                             last_validation=None, validated_step=-1, seconds=0.0, ended="", **extra)
+
+    def state_dict(self) -> dict:
+        return {key: json.dumps(value) for key, value in self.__dict__.items()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.__dict__.update({key: json.loads(value) for key, value in state.items()})
+
+    def validation_due(self, every: int, last: int) -> bool:
+        """Before the first step, every so many steps, and at the last one; not again after a resume."""
+        due = self.step in (0, last) or (every and self.step % every == 0)
+        return bool(due) and self.validated_step != self.step
+
+    def record_validation(self, result: dict, metric: str, min_delta: float, log: Logger) -> bool:
+        """Log a validation and return whether it is the best so far by `metric`."""
+        self.validated_step, self.last_validation = self.step, result
+        self.first_validation = self.first_validation or result
+        log.scalars(self.step, **result)
+        log.text(f"step {self.step}: " + ", ".join(f"{key} {mean:.5f} [{low:.5f}, {high:.5f}]"
+                                                  for key, (mean, low, high) in result.items()))
+        value = result[metric][0]
+        return self.improved(value if metric == "val_right" else -value, min_delta)
+
+    def improved(self, value: float, min_delta: float) -> bool:
+        """Record a validation's deciding value (lower is better); count how many in a row brought nothing."""
+        better = self.best is None or value < self.best - min_delta
+        self.bad_validations = 0 if better else self.bad_validations + 1
+        if better:
+            self.best, self.best_step = value, self.step
+        return better
+
+
+class RunFolder:
+    """A stage's folder under a lock: checkpoints/step-NNNNNNNN.safetensors, best.safetensors, final.safetensors.
+
+    Raises:
+        UserError: the folder cannot be made or written, or another process holds it.
+    """
+
+    def __init__(self, folder: Path, fresh: bool = False):
+        self.folder, self.checkpoints = folder, folder / "checkpoints"
+        try:
+            if fresh and folder.exists():
+                backup = folder.with_name(f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
+                with self._lock(folder):
+                    folder.rename(backup)
+                print(f"{folder}: the old run is kept in {backup}")
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self._held = self._lock(folder)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be used as output folder ({error.strerror}); give a folder that can be "
+                            "written with --run") from None
+        for stale in [*folder.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")]:
+            print(f"{stale}: left by an interrupted save, removed")
+            stale.unlink()
+
+    @staticmethod
+    def _lock(folder: Path):
+        file = (folder / ".lock").open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(f"{folder}: process {file.read().strip() or '?'} is working in this folder; wait for it, "
+                            "or give another --run") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        return file
+
+    @property
+    def best(self) -> Path:
+        return self.folder / "best.safetensors"
+
+    @property
+    def final(self) -> Path:
+        return self.folder / "final.safetensors"
+
+    @property
+    def result(self) -> Path:
+        return self.folder / "result.json"
+
+    def is_complete(self) -> bool:
+        """True, with a line, if this stage has ended: result.json is written last."""
+        if self.result.exists():
+            print(f"{self.folder}: already complete (--fresh begins anew and keeps a backup)", flush=True)
+        return self.result.exists()
+
+    def steps(self) -> list[int]:
+        return sorted(int(p.stem.removeprefix("step-")) for p in self.checkpoints.glob("step-*.safetensors"))
+
+    def path(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:08d}.safetensors"
+
+    def newest_valid(self) -> tuple[Path, dict, dict[str, Tensor]] | None:
+        """The valid checkpoint of the highest step; broken ones are named and passed over."""
+        for step in reversed(self.steps()):
+            try:
+                return self.path(step), *read_checkpoint(self.path(step))
+            except UserError as error:
+                print(f"{error}; falling back to the one before", file=sys.stderr, flush=True)
+        return None
+
+    def save(self, step: int, objects: dict, header: dict, keep: int) -> None:
+        """Save this step's checkpoint, read it back, and only then drop the ones before the last `keep`."""
+        save_checkpoint(self.path(step), objects, header)
+        read_checkpoint(self.path(step))
+        for old in self.steps()[:-keep]:
+            try:
+                self.path(old).unlink()
+            except OSError as error:
+                print(f"{self.path(old)}: could not be deleted ({error.strerror})", file=sys.stderr)
+
+
+    def resume(self, objects: dict, header: dict, allow_changed: bool) -> None:
+        """Load the newest valid checkpoint, if there is one, after checking that it belongs to this run."""
+        write_json(self.folder / "config.json", header["settings"])
+        found = self.newest_valid()
+        if found is None:
+            return
+        path, saved, tensors = found
+        for key in ("stage", "fingerprints", "dims"):
+            if saved[key] != header[key]:
+                raise UserError(f"{path}: was made with {key} {saved[key]!r}, this run has {header[key]!r}; give another "
+                                "--run, or begin anew with --fresh")
+        check_same_settings(path, saved["settings"], header["settings"], allow_changed)
+        load_objects(path, saved, tensors, objects)
+
+    def stopped(self, signum: int, step: int) -> None:
+        raise Stopped(signum, f"step {step} is saved in {self.path(step)}; the same command goes on from there")
+
+
+def previous_stage(path: Path, stage: str, fingerprints: dict, command: str) -> tuple[dict, dict[str, Tensor]]:
+    """Read the final.safetensors of the stage before.
+
+    Raises:
+        UserError: that stage has not run or not finished (the command to run is named), or the file is another's.
+    """
+    if not path.exists():
+        state = "is not finished" if path.parent.exists() else "has not run"
+        raise UserError(f"{path}: {stage} {state}; run first: {command}")
+    header, tensors = read_checkpoint(path)
+    if header["stage"] != stage:
+        raise UserError(f"{path}: is of {header['stage']}, expected a result of {stage}")
+    if header["fingerprints"] != fingerprints:
+        raise UserError(f"{path}: belongs to models {header['fingerprints']}, this run has {fingerprints}; "
+                        "give the --base-model and --clap-model it was trained with")
+    return header, tensors
+
+
+def make_header(stage: str, settings: dict, fingerprints: dict, dims: dict) -> dict:
+    """What a checkpoint says about itself, beside its objects and its step."""
+    return {"stage": stage, "settings": settings, "base_model": settings["base_model"],
+            "clap_model": settings["clap_model"], "fingerprints": fingerprints, "dims": dims}
+
+
+FREE_SETTINGS = {"run", "name", "workers", "log_every", "save_every", "keep", "log_dir", "device", "allow_changed",
+                 "fresh", "sample_every", "samples", "max_bad_share", "cache_dir", "init_from", "cache_batch_size"}
+
+
+def check_same_settings(path: Path, saved: dict, now: dict, allow_changed: bool) -> None:
+    """Resuming goes on with the settings it began with; what only concerns logs and places may change.
+
+    Raises:
+        UserError: a setting differs (both values shown).
+    """
+    changed = [f"{key} {saved.get(key)!r} -> {now.get(key)!r}" for key in sorted(saved.keys() | now.keys())
+               if key not in FREE_SETTINGS and saved.get(key) != now.get(key)]
+    if changed and not allow_changed:
+        raise UserError(f"{path}: was made with other settings ({'; '.join(changed)}); give the old ones, begin anew with "
+                        "--fresh, or go on with the new ones with --allow-changed")
+
+
+class StopSignal:
+    """While entered, the first SIGTERM, SIGINT or SIGHUP only sets `signum`; a second one ends the process at once."""
+
+    def __enter__(self) -> "StopSignal":
+        self.signum, self._old = 0, {}
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            self._old[signum] = signal.signal(signum, self._handle)
+        return self
+
+    def _handle(self, signum: int, frame) -> None:
+        if self.signum:
+            os._exit(128 + signum)
+        self.signum = signum
+
+    def __exit__(self, *exc) -> None:
+        for signum, handler in self._old.items():
+            signal.signal(signum, handler)
+
+
+class Logger:
+    """A line-buffered log.txt, an append-only log.jsonl, and TensorBoard's scalars and pictures."""
+
+    def __init__(self, folder: Path, log_dir: str = "", purge_step: int | None = None):
+        from torch.utils.tensorboard import SummaryWriter
+        self.folder = folder
+        self._text = (folder / "log.txt").open("a", buffering=1, encoding="utf-8")
+        self._jsonl = (folder / "log.jsonl").open("a", buffering=1, encoding="utf-8")
+        place = Path(log_dir) / folder.parent.name / folder.name if log_dir else folder / "tensorboard"
+        self._board = SummaryWriter(place, purge_step=purge_step)
+
+    def text(self, line: str) -> None:
+        from tqdm import tqdm
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+        self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+    def scalars(self, step: int, **values: float) -> None:
+        self._jsonl.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            for suffix, one in zip(("", "_low", "_high"), value if isinstance(value, list) else [value]):
+                self._board.add_scalar(name + suffix, one, step)
+
+    def image(self, step: int, name: str, image) -> None:
+        self._board.add_image(name, np.asarray(image), step, dataformats="HWC")
+
+    def close(self) -> None:
+        for file in (self._text, self._jsonl, self._board):
+            file.close()
+
+
+def write_sweep(folder: Path, before: list[dict], after: list[dict], tanh_gate: float, window: tuple) -> None:
+    """Write the gate sweep as sweep.json and as a plot, sweep.png: loss and its 95 % interval against tanh(gate)."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    write_json(folder / "sweep.json", {"before": before, "after": after, "tanh_gate": tanh_gate})
+    figure, axes = plt.subplots(figsize=(6, 4), dpi=120)
+    for table, label, style in ((before, "before", "o--"), (after, "after", "o-")):
+        x, y = [row["tanh_gate"] for row in table], np.array([row["loss"] for row in table])
+        axes.plot(x, y, style, label=label)
+        axes.fill_between(x, [row["low"] for row in table], [row["high"] for row in table], alpha=0.12)
+    axes.axvspan(*window, color="gray", alpha=0.2, label="window")
+    axes.axvline(tanh_gate, color="black", linewidth=1, label=f"learned: {tanh_gate:.3f}")
+    axes.set(xlabel="tanh(gate)", ylabel="validation loss, right sound", title="How much sound lowers the loss")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(folder / "sweep.png")
+    plt.close(figure)
