@@ -247,3 +247,52 @@ def run_main(main) -> None:
         code = 128 + signal.SIGPIPE
         sys.stderr.close()
     sys.exit(code)
+
+
+def plan(argv: list[str] | None = None) -> None:
+    """Print shell assignments for run_all_stages.sh: each stage's flags, after checking all of them against all stages.
+
+    Raises:
+        UserError: a flag no stage knows, or any mistake that a stage itself would find in its settings.
+    """
+    import shlex
+
+    import train_stage1
+    import train_stage2
+    import train_stage3
+
+    _, config, *flags = sys.argv[1:] if argv is None else argv
+    groups: list[list[str]] = []  # a flag with its values
+    for token in flags:
+        if token.startswith("--"):
+            groups.append([token])
+        elif groups:
+            groups[-1].append(token)
+        else:
+            raise UserError(f"got {token!r} after the config, expected a flag --name")
+    parsers = [stage.build_parser() for stage in (train_stage1, train_stage2, train_stage3)]
+    known = [{option for action in parser._actions for option in action.option_strings} for parser in parsers]
+    for flag in (group[0].split("=")[0] for group in groups):
+        if flag in ("--config", "--name", "--init-from", "--dry-run"):
+            raise UserError(f"{flag} is for one stage alone; give it to python train_stageN.py")
+        if not any(flag in options for options in known):
+            raise UserError(f"no stage knows {flag}; {nearest(flag, set().union(*known))}")
+    resolved = []
+    for number, (parser, options) in enumerate(zip(parsers, known, strict=True), start=1):
+        args = ["--config", config, *(t for group in groups if group[0].split("=")[0] in options for t in group)]
+        resolved.append(parse_config(parser, f"stage{number}", args))
+        print(f"STAGE{number}=({shlex.join(args)})")
+    for key in ("run", "data_root", "base_model", "clap_model", "image_size"):
+        if len({getattr(cfg, key) for cfg in resolved}) > 1:
+            raise UserError(f"{config}: {key} differs between the stages; set it once, in the section common")
+    data = read_json(config).get("data", [])
+    if not isinstance(data, list) or not all(isinstance(token, str) for token in data):
+        raise UserError(f"{config}: data is {json.dumps(data)}, expected a list of texts, as for prepare_data.py")
+    own_data = resolved[0].origin.get("data_root") == "flag"
+    print(f"DATA=({'' if own_data else shlex.join(data)})\nRUN={shlex.quote(resolved[0].run)}")
+
+
+if __name__ == "__main__":
+    import config  # the module that the stages raise UserError from, not this copy of it
+
+    config.run_main(config.plan)

@@ -260,7 +260,7 @@ class RunFolder:
 
     def save(self, step: int, objects: dict, header: dict, keep: int) -> None:
         """Save this step's checkpoint, read it back, and only then drop the ones before the last `keep`."""
-        save_checkpoint(self.path(step), objects, header)
+        save_checkpoint(self.path(step), objects, {**header, "step": step})
         read_checkpoint(self.path(step))
         for old in self.steps()[:-keep]:
             try:
@@ -331,7 +331,7 @@ def check_same_settings(path: Path, saved: dict, now: dict, allow_changed: bool)
 class StopSignal:
     """While entered, the first SIGTERM, SIGINT or SIGHUP only sets `signum`; a second one ends the process at once."""
 
-    def __enter__(self) -> "StopSignal":
+    def __enter__(self) -> StopSignal:
         self.signum, self._old = 0, {}
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             self._old[signum] = signal.signal(signum, self._handle)

@@ -53,7 +53,7 @@ def load_stock_pipeline(base_dir: Path, adapter_path: Path, device: str = "cpu",
     quiet_libraries()
     from diffusers import StableDiffusionPipeline
     parts = {"safety_checker": None, "requires_safety_checker": False, "feature_extractor": None, **parts}
-    pipe = StableDiffusionPipeline.from_pretrained(base_dir, torch_dtype=dtype, **parts)
+    pipe = StableDiffusionPipeline.from_pretrained(base_dir, dtype=dtype, **parts)
     pipe.load_ip_adapter(str(adapter_path.parent), subfolder="", weight_name=adapter_path.name,
                          image_encoder_folder=None)
     pipe.set_progress_bar_config(disable=True)

@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # frozen and trainable models
     torch.manual_seed(cfg.seed)
-    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet", torch_dtype=common.DTYPES[cfg.frozen_dtype])
+    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet", dtype=common.DTYPES[cfg.frozen_dtype])
     unet.requires_grad_(False).to(device).eval()
     scheduler = DDPMScheduler.from_pretrained(base, subfolder="scheduler")
     common.check_dims(unet, train)
@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
             if step == cfg.steps:
                 progress.ended = progress.ended or "all steps"
             if stop.signum or progress.ended or step % cfg.save_every == 0:
-                folder.save(objects, {**header, "step": step}, cfg.keep)
+                folder.save(step, objects, header, cfg.keep)
             if stop.signum:
                 folder.stopped(stop.signum, step)
             if progress.ended:

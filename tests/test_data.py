@@ -1,0 +1,553 @@
+"""data.py: values against independent computations, the faults of real folders, and the cache against its encoders."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile as sf
+import torch
+from PIL import Image
+
+import data
+from config import RunFailed, UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+RATE, SIZE = 16000, 32
+
+
+# --- small random models and data -------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> tuple[Path, Path]:
+    """A random VAE, text encoder and tokenizer as a pipeline's folder, and a random CLAP."""
+    from diffusers import AutoencoderKL
+    from transformers import (ClapAudioConfig, ClapAudioModelWithProjection, ClapFeatureExtractor, CLIPTextConfig,
+                              CLIPTextModel, CLIPTokenizer)
+    torch.manual_seed(0)
+    base, clap = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("clap")
+    AutoencoderKL(block_out_channels=(8, 16), norm_num_groups=4, latent_channels=4, scaling_factor=0.5, shift_factor=0.1,
+                  down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+                  ).save_pretrained(base / "vae")
+    letters = [chr(code) for code in range(33, 127)]
+    words = letters + [letter + "</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=12)
+    tokenizer.save_pretrained(base / "tokenizer")
+    CLIPTextModel(CLIPTextConfig(vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                                 num_attention_heads=2, max_position_embeddings=12, eos_token_id=len(words) - 1,
+                                 bos_token_id=len(words) - 2)).save_pretrained(base / "text_encoder")
+    config = ClapAudioConfig(spec_size=64, num_mel_bins=16, patch_size=4, patch_stride=[4, 4], window_size=4,
+                             patch_embeds_hidden_size=8, depths=[1, 1], num_attention_heads=[2, 2], hidden_size=16,
+                             projection_dim=10, num_hidden_layers=2, enable_fusion=False)
+    ClapAudioModelWithProjection(config).save_pretrained(clap)
+    ClapFeatureExtractor(feature_size=16, sampling_rate=RATE, hop_length=160, max_length_s=1, fft_window_size=512,
+                         frequency_max=8000, truncation="rand_trunc").save_pretrained(clap)
+    return base, clap
+
+
+def picture(path: Path, seed: int, size=(40, 40)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+def sound(path: Path, seed: int, seconds: float = 0.5, rate: int = RATE) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sf.write(path, 0.1 * np.random.default_rng(seed).standard_normal(int(seconds * rate)), rate)
+    return path
+
+
+def folder(root: Path, n: int = 10, **changes) -> Path:
+    """A data folder of n rows; changes: {"3": {...}} updates row 3 of the manifest."""
+    rows = []
+    for i in range(n):
+        picture(root / f"images/{i}.png", i)
+        sound(root / f"audio/{i}.wav", i)
+        rows.append({"image_file_name": f"images/{i}.png", "audio_file_name": f"audio/{i}.wav",
+                     "text": f"scene {i % 3}", "label": "ab"[i % 2], "split": "val" if i % 5 == 4 else "train"})
+        rows[i].update(changes.get(str(i), {}))
+    manifest(root, rows)
+    return root
+
+
+def manifest(root: Path, rows: list) -> None:
+    root.mkdir(exist_ok=True)
+    (root / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def build(root: Path, models, cache: Path, log=lambda line: None, **options) -> Path:
+    options = {"workers": 0, "batch_size": 4} | options
+    return data.build_features(root, *models, SIZE, cache, log=log, **options)
+
+
+def test_cached_features_equal_the_models_own(tmp_path, models):
+    from diffusers import AutoencoderKL
+    from transformers import ClapAudioModelWithProjection, ClapFeatureExtractor, CLIPTextModel, CLIPTokenizer
+    root = folder(tmp_path / "data")
+    sound(root / "audio/1.wav", 5, seconds=3.0, rate=22050)
+    cache = build(root, models, tmp_path / "cache", flip=True, windows=2)
+    dataset = data.AudioImageDataset(root, "train", cache)
+    base, clap = models
+    vae = AutoencoderKL.from_pretrained(base, subfolder="vae")
+    tokenizer = CLIPTokenizer.from_pretrained(base, subfolder="tokenizer")
+    text_encoder = CLIPTextModel.from_pretrained(base, subfolder="text_encoder").eval()
+    extractor, tower = ClapFeatureExtractor.from_pretrained(clap), ClapAudioModelWithProjection.from_pretrained(clap)
+    with torch.inference_mode():
+        for i in (0, 1, 5):
+            item, row = dataset[i], dataset.rows[i]
+            image = torch.from_numpy(data.load_image(root / row["image"], SIZE))
+            for side, x in enumerate((image, image.flip(-1))):
+                posterior = vae.encode(x[None]).latent_dist
+                torch.testing.assert_close(item["latents_mean"][side], (posterior.mean[0] - 0.1) * 0.5)
+                torch.testing.assert_close(item["latents_std"][side], posterior.std[0] * 0.5)
+            for k, clip in enumerate(data.load_waveform(root / row["audio"], RATE, 1.0, 2)):
+                features = extractor(clip, sampling_rate=RATE, return_tensors="pt").input_features
+                embeds = torch.nn.functional.normalize(tower.eval()(input_features=features).audio_embeds, dim=-1)
+                torch.testing.assert_close(item["audio_embeds"][k], embeds[0], atol=1e-5, rtol=1e-4)
+            for text, got in ((row["text"], item["text_embeds"]), ("", dataset.empty_text_embeds)):
+                ids = tokenizer(text, padding="max_length", truncation=True, return_tensors="pt").input_ids
+                torch.testing.assert_close(got, text_encoder(ids).last_hidden_state[0], atol=1e-5, rtol=1e-4)
+    assert (dataset.latent_shape, dataset.embed_dim, dataset.text_dim) == ((4, 16, 16), 10, 16)
+    assert (len(dataset), dataset.labels) == (8, ["a", "b"])
+
+
+# --- sound ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("rate", [8000, 11025, 44100, 96000])
+@pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE"])
+def test_any_rate_and_depth_gives_the_same_sine(tmp_path, rate, subtype):
+    t = np.arange(rate) / rate
+    sf.write(tmp_path / "a.wav", 0.5 * np.sin(2 * np.pi * 440 * t), rate, subtype=subtype)
+    [clip] = data.load_waveform(tmp_path / "a.wav", RATE, 10.0)
+    expected = 0.5 * np.sin(2 * np.pi * 440 * np.arange(RATE) / RATE)
+    assert clip.shape == (RATE,) and clip.dtype == np.float32
+    assert np.abs(clip - expected)[500:-500].max() < 0.01  # 8 bits are coarse; the ends ring
+
+
+def test_channels_are_averaged_and_flagged_when_they_cancel(tmp_path):
+    x = np.random.default_rng(0).uniform(-0.5, 0.5, (RATE, 6)).astype(np.float32)
+    sf.write(tmp_path / "6.wav", x, RATE, subtype="FLOAT")
+    [clip], flags = data.decode_audio(tmp_path / "6.wav", RATE, 1.0)
+    assert not flags
+    np.testing.assert_allclose(clip, x.mean(1), atol=1e-6)
+    for name, channels, flag in (("opposite", [x[:, 0], -x[:, 0]], "cancelled by the mono mix"),
+                                 ("silent", [0 * x[:, 0]], "silent")):
+        sf.write(tmp_path / f"{name}.wav", np.stack(channels, 1), RATE)
+        assert data.decode_audio(tmp_path / f"{name}.wav", RATE, 1.0)[1] == [flag]
+
+
+@pytest.mark.parametrize("loud", [100.0, 3e38, 1e300])
+def test_absurdly_loud_is_scaled_to_peak_one(tmp_path, loud):
+    x = np.sin(np.arange(RATE) / 5)
+    sf.write(tmp_path / "a.wav", np.stack([x, x], 1) * loud, RATE, subtype="DOUBLE")
+    [clip] = data.load_waveform(tmp_path / "a.wav", RATE, 1.0)
+    np.testing.assert_allclose(clip, x / np.abs(x).max(), atol=1e-6)
+
+
+def test_windows_are_spread_and_only_they_are_decoded(tmp_path, monkeypatch):
+    hours = 3 * 3600 * 8000
+    with sf.SoundFile(tmp_path / "long.wav", "w", 8000, 1, "PCM_16") as file:  # a ramp: a sample tells its place
+        for second in range(0, 3 * 3600, 600):
+            file.write(np.linspace(second, second + 600, 600 * 8000, endpoint=False) / (3 * 3600))
+    read, frames = sf.SoundFile.read, []
+    monkeypatch.setattr(sf.SoundFile, "read", lambda self, n, **k: frames.append(n) or read(self, n, **k))
+    clips = data.load_waveform(tmp_path / "long.wav", 8000, 10.0, windows=3)
+    assert sum(frames) <= 3 * 80000 + 1
+    starts = [0, (hours - 80000) // 2, hours - 80000]
+    for clip, start in zip(clips, starts):
+        np.testing.assert_allclose(clip, np.arange(start, start + 80000) / hours, atol=1e-4)
+
+
+def cut(path: Path, share: float = 0.5) -> Path:
+    content = path.read_bytes()
+    path.write_bytes(content[:int(len(content) * share)])
+    return path
+
+
+def noise(path: Path, n: int = RATE, rate: int = RATE, **options) -> Path:
+    sf.write(path, np.random.default_rng(0).uniform(-.1, .1, n), rate, **options)
+    return path
+
+
+def with_bytes(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def with_value(path: Path, value: float) -> Path:
+    x = np.zeros(RATE, np.float32)
+    x[7] = value
+    sf.write(path, x, RATE, subtype="FLOAT")
+    return path
+
+
+@pytest.mark.parametrize("make, reason", [
+    (lambda d: d / "none.wav", "no such file"),
+    (lambda d: d, "a folder"),
+    (lambda d: with_bytes(d / "a.wav", b""), "zero bytes"),
+    (lambda d: with_bytes(d / "a.wav", b"this is text, not sound " * 50), "not a sound"),
+    (lambda d: with_bytes(d / "a.raw", b"\0" * 5000), "not a sound"),
+    (lambda d: noise(d / "a.wav", 0), "zero length"),
+    (lambda d: noise(d / "a.wav", 100), "expected at least 0.1 s"),
+    (lambda d: noise(d / "a.wav", RATE, 10), "sampling rate 10 Hz"),
+    (lambda d: with_value(d / "a.wav", np.nan), "NaN or infinite"),
+    (lambda d: with_value(d / "a.wav", -np.inf), "NaN or infinite"),
+    (lambda d: cut(noise(d / "a.wav")), "truncated"),
+    (lambda d: cut(noise(d / "a.aiff")), "truncated"),
+    (lambda d: cut(noise(d / "a.w64")), "truncated"),
+    (lambda d: cut(noise(d / "a.flac")), "truncated"),
+    (lambda d: cut(noise(d / "a.flac", 20 * RATE), 0.9), "truncated"),  # the window itself is whole
+    (lambda d: cut(noise(d / "a.ogg", 5 * RATE), 0.8), "truncated"),
+    (lambda d: cut(noise(d / "a.opus", 5 * RATE, format="OGG", subtype="OPUS"), 0.95), "truncated"),
+    (lambda d: cut(noise(d / "a.mp3")), "truncated"),
+])
+def test_unusable_sounds_are_rejected_with_a_reason(tmp_path, make, reason):
+    with pytest.raises(data.BadFile, match=reason):
+        data.load_waveform(make(tmp_path), RATE, 1.0)
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.aiff", "a.w64", "a.flac", "a.ogg", "a.mp3", "a.caf", "a.au"])
+def test_whole_sounds_of_every_format_are_accepted(tmp_path, name):
+    assert len(data.load_waveform(noise(tmp_path / name), RATE, 10.0)[0]) == pytest.approx(RATE, abs=1200)
+
+
+def test_a_streamed_wav_without_lengths_in_its_header_is_whole(tmp_path):
+    content = bytearray(noise(tmp_path / "a.wav").read_bytes())
+    content[4:8] = content[40:44] = b"\xff" * 4  # what ffmpeg writes to a pipe
+    with_bytes(tmp_path / "a.wav", content)
+    assert len(data.load_waveform(tmp_path / "a.wav", RATE, 10.0)[0]) == RATE
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+def values(image: np.ndarray) -> np.ndarray:
+    """(3, H, W) in [-1, 1] -> (H, W, 3) in 0..255."""
+    return np.rint((image.transpose(1, 2, 0) + 1) * 127.5)
+
+
+def test_image_crop_and_range(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    image = data.load_image(tmp_path / "a.png", 32)
+    assert image.dtype == np.float32 and image.min() >= -1 and image.max() <= 1
+    np.testing.assert_array_equal(values(image), pixels[:, 8:40])
+    expected = Image.fromarray(pixels[:, 8:40]).resize((16, 16), Image.Resampling.LANCZOS)
+    np.testing.assert_allclose(values(data.load_image(tmp_path / "a.png", 16)), np.asarray(expected), atol=1)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff", "pgm"])
+def test_sixteen_bit_gray_keeps_its_values(tmp_path, suffix):
+    gray = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
+    Image.fromarray(gray).save(tmp_path / f"a.{suffix}")
+    got = values(data.load_image(tmp_path / f"a.{suffix}", 32))
+    np.testing.assert_allclose(got[..., 0], gray / 257, atol=0.51)
+
+
+@pytest.mark.parametrize("orientation, turn", [(1, lambda a: a), (2, np.fliplr), (3, lambda a: np.rot90(a, 2)),
+                                               (6, lambda a: np.rot90(a, -1)), (8, np.rot90)])
+def test_exif_orientation_is_applied(tmp_path, orientation, turn):
+    pixels = np.random.default_rng(1).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(values(data.load_image(tmp_path / "a.png", 32)), turn(pixels))
+
+
+def test_transparency_palette_cmyk_and_animation(tmp_path):
+    red = Image.new("RGBA", (32, 32), (255, 0, 0, 0))
+    red.putpixel((0, 0), (255, 0, 0, 255))
+    red.save(tmp_path / "alpha.png")
+    palette = Image.new("P", (32, 32), 1)
+    palette.putpalette([255, 0, 0, 0, 255, 0])
+    palette.save(tmp_path / "palette.png", transparency=1)
+    Image.new("LA", (32, 32), (0, 0)).save(tmp_path / "gray.png")
+    for name in ("alpha", "palette", "gray"):
+        assert (values(data.load_image(tmp_path / f"{name}.png", 32))[5:, 5:] == 255).all(), name
+    assert values(data.load_image(tmp_path / "alpha.png", 32))[0, 0].tolist() == [255, 0, 0]
+    Image.new("RGBA", (32, 32), (0, 0, 0, 128)).save(tmp_path / "half.png")
+    assert (values(data.load_image(tmp_path / "half.png", 32)) == 127).all()
+    Image.new("CMYK", (32, 32), (0, 255, 255, 0)).save(tmp_path / "cmyk.tiff")
+    assert values(data.load_image(tmp_path / "cmyk.tiff", 32))[3, 3].tolist() == [255, 0, 0]
+    frames = [Image.new("RGB", (32, 32), color) for color in ("blue", "lime")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert values(data.load_image(tmp_path / "a.gif", 32))[3, 3].tolist() == [0, 0, 255]
+
+
+def bomb(path: Path) -> Path:
+    """A PNG whose header claims 30000 x 30000 pixels."""
+    content = bytearray(picture(path, 0).read_bytes())
+    content[16:24] = (30000).to_bytes(4, "big") * 2
+    import zlib
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    return with_bytes(path, content)
+
+
+@pytest.mark.parametrize("make, reason", [
+    (lambda d: d / "none.png", "no such file"),
+    (lambda d: d, "a folder"),
+    (lambda d: with_bytes(d / "a.png", b""), "zero bytes"),
+    (lambda d: with_bytes(d / "a.png", b"<html>not found</html>"), "not a picture"),
+    (lambda d: cut(picture(d / "a.png", 0)), "truncated"),
+    (lambda d: cut(picture(d / "a.jpg", 0)), "truncated"),
+    (lambda d: picture(d / "a.png", 0, (1, 1)), "at least 8"),
+    (lambda d: picture(d / "a.png", 0, (10, 400)), "at most 8:1"),
+    (lambda d: bomb(d / "a.png"), "expected at most|bomb"),
+])
+def test_unusable_pictures_are_rejected_with_a_reason(tmp_path, make, reason):
+    with pytest.raises(data.BadFile, match=reason):
+        data.load_image(make(tmp_path), 32)
+
+
+# --- manifest ---------------------------------------------------------------------------------------------------------
+
+def test_manifest_takes_bom_crlf_spaces_and_both_normal_forms(tmp_path):
+    for form, name in (("NFD", "천둥 소리"), ("NFC", "café")):
+        sound(tmp_path / (unicodedata.normalize(form, name) + ".wav"), 0)
+        picture(tmp_path / (unicodedata.normalize(form, name) + ".png"), 0)
+    lines = [json.dumps({"image_file_name": f"{n}.png", "audio_file_name": f"{n}.wav", "text": "천둥\u2028", "split": "val"},
+                        ensure_ascii=False) for n in (unicodedata.normalize("NFC", "천둥 소리"),
+                                                      unicodedata.normalize("NFD", "café"))]
+    (tmp_path / "metadata.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join(lines).encode())
+    rows, bad = data.read_manifest(tmp_path)
+    assert not bad and [row.text for row in rows] == ["천둥\u2028"] * 2
+    assert all(row.audio_path.is_file() and row.image_path.is_file() for row in rows)
+
+
+GOOD = {"image_file_name": "images/0.png", "audio_file_name": "audio/0.wav", "text": "t", "split": "train"}
+
+
+@pytest.mark.parametrize("line, reason", [
+    ('{"image_file_name": "im', "not one JSON object"), ("[1]", "got a JSON list"), ("\udcff", "not one JSON object"),
+    ({"text": None}, "text: got null"), ({"text": 3}, "text: got 3"), ({"label": 3}, "label: got 3"),
+    ({"split": "dev"}, "split: got 'dev'"), ({"audio_file_name": ""}, "is empty"),
+    ({"audio_file_name": "../audio/0.wav"}, "'..'"), ({"image_file_name": "/etc/0.png"}, "is absolute"),
+    ({"audio_file_name": "leak.wav"}, "a link that leaves"), ({}, "the same row as metadata.jsonl line 1"),
+    ({"text": "other", "split": "test"}, "in split test here and in train at metadata.jsonl line 1"),
+    ({"image_file_name": "a" * 5000}, "cannot be looked up"),
+])
+def test_bad_rows_name_line_and_reason(tmp_path, line, reason):
+    root = folder(tmp_path / "data", 1)
+    (root / "leak.wav").symlink_to(sound(tmp_path / "outside.wav", 0))
+    line = line if isinstance(line, str) else json.dumps(GOOD | line)
+    (root / "metadata.jsonl").write_text(json.dumps(GOOD) + "\n" + line, encoding="utf-8", errors="surrogateescape")
+    rows, [bad] = data.read_manifest(root)
+    assert len(rows) == 1 and bad.where == "metadata.jsonl line 2" and reason in bad.reason
+
+
+def test_missing_key_founding_lists_and_empty_manifests(tmp_path):
+    root = folder(tmp_path / "data", 3)
+    (root / "metadata.jsonl").write_text('{"text": "a"}\n')
+    assert "image_file_name is missing" in data.read_manifest(root)[1][0].reason
+    for content, error in (("", "no rows"), (" \r\n\n", "no rows"), (None, "no metadata.jsonl")):
+        (root / "metadata.jsonl").unlink() if content is None else (root / "metadata.jsonl").write_text(content)
+        with pytest.raises(UserError, match=error):
+            data.read_manifest(root)
+    for i, split in enumerate(("train", "val")):
+        items = [{"audio_path": f"audio/{i}.wav", "image_path": f"images/{i}.png", "text": "t", "class": "dog"}, 7]
+        (root / f"{split}_metadata.json").write_text(json.dumps(items))
+    rows, bad = data.read_manifest(root)
+    assert [(row.split, row.label, row.where) for row in rows] == [
+        ("train", "dog", "train_metadata.json item 1"), ("val", "dog", "val_metadata.json item 1")]
+    assert len(bad) == 2
+    (root / "val_metadata.json").write_text("[{")
+    with pytest.raises(UserError, match="val_metadata.json: not valid JSON"):
+        data.read_manifest(root)
+    with pytest.raises(UserError, match="no such data folder"):
+        data.read_manifest(tmp_path / "none")
+
+
+def test_a_missing_split_is_assigned_stably(tmp_path):
+    rows = [GOOD | {"audio_file_name": f"{i}.wav", "split": None} for i in range(2000)]
+    manifest(tmp_path, rows)
+    lines = []
+    first = {row.id: row.split for row in data.read_manifest(tmp_path, lines.append)[0]}
+    manifest(tmp_path, rows[1::-1] + rows[2:][::-1])
+    assert {row.id: row.split for row in data.read_manifest(tmp_path)[0]} == first
+    counts = [list(first.values()).count(split) for split in data.SPLITS]
+    assert abs(counts[0] - 1800) < 60 and abs(counts[1] - 100) < 40 and "2000 rows name no split" in lines[0]
+
+
+# --- cache ------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def encoded(monkeypatch) -> list:
+    """The number of rows of each call of the row encoders."""
+    calls, plain = [], data._Encoders.rows
+    monkeypatch.setattr(data._Encoders, "rows", lambda self, d, *a: calls.append(len(d)) or plain(self, d, *a))
+    monkeypatch.setattr(data, "SHARD_ROWS", 4)
+    return calls
+
+
+def content(cache: Path) -> dict:
+    return {path.name: path.read_bytes() for path in cache.iterdir() if path.suffix in (".safetensors", ".json")}
+
+
+def test_key_follows_content_and_a_finished_cache_loads_no_encoder(tmp_path, models, encoded, monkeypatch):
+    root = folder(tmp_path / "data")
+    first = build(root, models, tmp_path / "cache")
+    assert encoded == [4, 4, 2]
+    script = (f"import sys, data; data.SHARD_ROWS = 4; data.build_features({str(root)!r}, {str(models[0])!r}, {str(models[1])!r}, {SIZE}, "
+              f"{str(tmp_path / 'cache')!r}); print('diffusers' in sys.modules or 'transformers' in sys.modules)")
+    monkeypatch.setattr(data, "_Encoders", None)
+    assert build(root, models, tmp_path / "cache") == first
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split()[-1] == "False", done.stderr
+
+    def key(**options):
+        rows, bad = data.read_manifest(root)
+        settings = {"image_size": SIZE} | options
+        return data._cache_key(root, rows, bad, data._fingerprints(*models), settings)
+
+    keys = [key(), key(windows=2)]
+    sound(root / "audio/3.wav", 99)
+    keys.append(key())
+    folder(root, **{"2": {"text": "another caption"}})
+    keys.append(key())
+    assert len(set(keys)) == 4
+
+
+def test_damaged_shards_and_stale_files_are_replaced(tmp_path, models, encoded):
+    root = folder(tmp_path / "data")
+    cache = build(root, models, tmp_path / "cache")
+    whole = content(cache)
+    cut(cache / "rows-00001.safetensors", 0.8)
+    (cache / "rows-00002.safetensors").write_bytes(whole["text-00000.safetensors"])
+    (cache / ".rows-00000.safetensors.1.tmp").write_bytes(b"half")
+    encoded.clear()
+    lines = []
+    assert build(root, models, tmp_path / "cache", lines.append) == cache
+    assert encoded == [4, 2] and content(cache) == whole and not list(cache.glob(".*.tmp"))
+    assert sum("is damaged" in line for line in lines) == 2 and sum(line.startswith("removed") for line in lines) == 1
+
+
+def test_a_killed_build_goes_on_and_equals_the_unbroken_one(tmp_path, models, encoded):
+    root = folder(tmp_path / "data", 14)
+    script = f"""
+import os, signal, data
+from pathlib import Path
+data.SHARD_ROWS, plain, calls = 4, data._Encoders.rows, []
+def rows(self, *args):
+    calls.append(1)
+    if len(calls) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return plain(self, *args)
+data._Encoders.rows = rows
+data.build_features({str(root)!r}, Path({str(models[0])!r}), Path({str(models[1])!r}), {SIZE},
+                    {str(tmp_path / 'killed')!r}, batch_size=4, workers=2)
+"""
+    killed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    torch.manual_seed(1)
+    cache = build(root, models, tmp_path / "killed")
+    assert encoded == [4, 2]
+    assert content(cache) == content(build(root, models, tmp_path / "unbroken"))
+
+
+def test_unusable_rows_are_listed_at_once_and_again(tmp_path, models):
+    root = folder(tmp_path / "data", 20, **{"3": {"text": 5}})
+    cut(root / "images/7.png")
+    sf.write(root / "audio/8.wav", np.full(RATE, np.nan), RATE, subtype="FLOAT")
+    (root / "audio/9.wav").unlink()
+    lines = []
+    for _ in range(2):  # the second time from the finished cache
+        with pytest.raises(UserError, match="4 of 20 rows cannot be used .limit 1 %., listed in .*bad_rows.txt"):
+            build(root, models, tmp_path / "cache", lines.append)
+    [listed] = (tmp_path / "cache").glob("*/bad_rows.txt")
+    assert [line.split(":")[0].split()[-1] for line in listed.read_text().splitlines()] == ["4", "8", "9", "10"]
+    cache = build(root, models, tmp_path / "cache", lines.append, max_bad_share=0.2)
+    assert "they are left out" in lines[-2] and "16 rows" in lines[-1]
+    sizes = [len(data.AudioImageDataset(root, split, cache)) for split in ("train", "val")]
+    assert sum(sizes) == 16
+
+
+def test_silence_is_kept_and_flagged(tmp_path, models):
+    root = folder(tmp_path / "data", 5)
+    sf.write(root / "audio/1.wav", np.zeros(RATE), RATE)
+    dataset = data.AudioImageDataset(root, "train", build(root, models, tmp_path / "cache"))
+    assert [row["flags"] for row in dataset.rows] == [[], ["silent"], [], []]
+
+
+def test_a_full_disk_is_one_sentence_and_the_build_goes_on(tmp_path, models, encoded, monkeypatch):
+    root = folder(tmp_path / "data")
+    plain = os.fsync
+
+    def full(number):
+        if "rows-00001" in os.readlink(f"/proc/self/fd/{number}"):
+            raise OSError(28, "No space left on device")
+        plain(number)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunFailed, match="no space left in .* MB needed"):
+        build(root, models, tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*/.*.tmp"))
+    monkeypatch.undo()
+    monkeypatch.setattr(data, "SHARD_ROWS", 4)
+    build(root, models, tmp_path / "cache")
+
+
+def test_a_second_build_waits_for_the_first(tmp_path, models):
+    root = folder(tmp_path / "data", 5)
+    cache = build(root, models, tmp_path / "cache")
+    (cache / "index.json").unlink()
+    holder = subprocess.Popen([sys.executable, "-c", f"""
+import fcntl, time
+lock = open({str(cache / "lock")!r}, "w"); fcntl.lockf(lock, fcntl.LOCK_EX); print("locked", flush=True); time.sleep(1)
+"""], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "locked\n"
+    lines, start = [], time.monotonic()
+    build(root, models, tmp_path / "cache", lines.append)
+    holder.communicate()
+    assert any("waiting for another process" in line for line in lines) and time.monotonic() - start > 0.7
+
+
+# --- training side ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("size, batch", [(1, 1), (5, 2), (7, 3), (16, 4), (10, 10), (3, 7)])
+def test_every_epoch_shows_each_sample_once_and_any_step_can_start(size, batch):
+    steps = size * 6 // batch
+    stream = [i for b in data.StepSampler(size, batch, 3, 0, steps) for i in b]
+    for epoch in range(len(stream) // size):
+        assert sorted(stream[epoch * size:(epoch + 1) * size]) == list(range(size))
+    assert list(data.StepSampler(size, batch, 3, 2, steps)) == list(data.StepSampler(size, batch, 3, 0, steps))[2:]
+    assert stream[:size] == np.random.default_rng([3, 0]).permutation(size).tolist()
+    if size > 4:
+        assert stream[:size] != stream[size:2 * size] and stream[:batch] != data.batch_indices(size, batch, 4, 0)
+
+
+def test_loader_gives_the_same_bits_for_any_number_of_workers(tmp_path, models):
+    root = folder(tmp_path / "data")
+    cache = build(root, models, tmp_path / "cache", workers=2)
+    assert content(cache)["rows-00000.safetensors"] == content(
+        build(root, models, tmp_path / "again"))["rows-00000.safetensors"]
+    dataset = data.AudioImageDataset(root, "train", cache)
+    runs = [list(data.make_loader(dataset, 3, 1, 2, 7, workers)) for workers in (0, 1, 2)]
+    assert len(runs[0]) == 5 and runs[0][0]["index"].tolist() == data.batch_indices(8, 3, 1, 2)
+    assert runs[0][0]["latents_mean"].shape == (3, 1, 4, 16, 16)
+    for run in runs[1:]:
+        for a, b in zip(runs[0], run, strict=True):
+            assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    for make, error in ((lambda: data.AudioImageDataset(root, "test", cache), "no usable row in split 'test'"),
+                        (lambda: data.make_loader(dataset, 9, 0, 0, 1, 0), "8 usable rows, fewer than a batch of 9"),
+                        (lambda: data.AudioImageDataset(root, "train", tmp_path), "not a finished feature cache")):
+        with pytest.raises(UserError, match=error):
+            make()
+
+
+class _Dies(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_workers_ignore_ctrl_c_and_a_killed_one_is_one_sentence():
+    with pytest.raises(RunFailed, match="--shm-size=8g"):
+        list(data.make_loader(_Dies(), 2, 0, 0, 2, 1))
