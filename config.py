@@ -1,4 +1,4 @@
-"""Settings and exits, without heavy imports: `--help` and every configuration error answer before torch loads.
+"""Settings, exits and whole files, without heavy imports: `--help` and configuration errors answer before torch loads.
 
 A stage's parser is the only place where a key, its type, bounds, default and help live. A value comes from the
 parser's default, then the JSON file given by --config, then the command line; the last one wins. The JSON file
@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import json
 import math
+import os
 import signal
 import sys
 from pathlib import Path
@@ -227,6 +229,35 @@ def describe(args: argparse.Namespace) -> str:
     """The resolved settings, one a line, with where each that is not a default came from."""
     return "\n".join(f"  {key:<24} {value!s:<40} {args.origin.get(key, '')}".rstrip()
                      for key, value in settings(args).items())
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write through a temporary file in the same folder, fsync, rename, fsync the folder.
+
+    Raises:
+        RunFailed: no space is left, or the file cannot be written; the old file is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise RunFailed(f"no space left in {path.parent}, {len(content) / 1e6:.1f} MB needed for {path.name}; free "
+                            "some and run the same command again") from None
+        raise RunFailed(f"{path}: cannot be written ({error.strerror})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value) -> None:
+    write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def _raise_stopped(signum: int, frame) -> None:

@@ -1,24 +1,11 @@
-"""Manifest in, features out: the checked rows of a data folder, their decoding, and the cache the stages train from.
-
-The frozen encoders run once: build_features() writes VAE latents, CLAP and text embeddings into a folder keyed by
-(models, settings, manifest, files); AudioImageDataset reads it memory-mapped and knows no encoder.
-
-Shapes: F flips (1 or 2), C latent channels, h w latent size, k windows of a clip, E CLAP width, L D text tokens.
-"""
+"""Manifest and files: the checked rows of a data folder, and the decoding of its sounds and pictures."""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import fcntl
-import functools
 import hashlib
 import json
-import os
 import re
-import signal
 import struct
-import sys
 import unicodedata
 import warnings
 import zlib
@@ -29,18 +16,10 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import soundfile as sf
 import soxr
-import torch
 from PIL import Image, ImageOps
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm import tqdm
 
-from config import RunFailed, UserError
-from runs import write_atomic
+from config import UserError
 
-CACHE_FORMAT = 1
-SHARD_ROWS = 512
 SPLITS = ("train", "val", "test")
 MIN_CLIP_S, MIN_RATE, MAX_RATE = 0.1, 1000, 768_000
 MIN_SIDE, MAX_PIXELS, MAX_SHAPE_RATIO = 8, 100_000_000, 8
@@ -203,7 +182,7 @@ def _plain_file(path: Path) -> None:
         raise BadFile("zero bytes")
 
 
-def _open_audio(path: Path) -> sf.SoundFile:
+def open_audio(path: Path) -> sf.SoundFile:
     """Open a sound and check what its header says, without decoding it.
 
     Raises:
@@ -241,7 +220,7 @@ def _open_audio(path: Path) -> sf.SoundFile:
 def decode_audio(path: str | Path, sampling_rate: int, window_s: float,
                  windows: int = 1) -> tuple[list[np.ndarray], list[str]]:
     """load_waveform() with the flags of the clip: "silent", "cancelled by the mono mix"."""
-    with _open_audio(Path(path)) as sound:
+    with open_audio(Path(path)) as sound:
         rate, total = sound.samplerate, sound.frames
         length = min(total, round(window_s * rate))
         # float64 files are read as such: 1e300 would become infinite in float32.
@@ -290,7 +269,7 @@ _PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyErr
                   OverflowError, Image.DecompressionBombError)
 
 
-def _open_image(path: Path) -> Image.Image:
+def open_image(path: Path) -> Image.Image:
     """Open a picture and check its header, without decoding it. Raises BadFile."""
     try:
         _plain_file(path)
@@ -317,7 +296,7 @@ def _open_image(path: Path) -> Image.Image:
 def load_image(path: str | Path, size: int) -> np.ndarray:
     """A picture as (3, size, size) float32 in [-1, 1]: upright, on white, centre crop, Lanczos. Raises BadFile."""
     try:
-        with _open_image(Path(path)) as image:  # animated pictures open at their first frame
+        with open_image(Path(path)) as image:  # animated pictures open at their first frame
             image.load()
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):  # 16 bits of gray: a plain convert would clip nearly all to white
@@ -336,422 +315,3 @@ def load_image(path: str | Path, size: int) -> np.ndarray:
         raise BadFile(f"truncated or damaged picture ({error})") from None
     # Contiguous: convolutions round differently for other layouts, and pickling from a worker changes the layout.
     return np.ascontiguousarray(np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / np.float32(127.5) - 1)
-
-
-# --- loading ------------------------------------------------------------------------------------------------
-
-def _start_worker(_: int) -> None:
-    # Ctrl-C and a closed terminal reach the whole process group: the parent finishes its step and ends the workers.
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, signal.SIG_IGN)
-    if sys.platform == "linux":
-        # PR_SET_PDEATHSIG: an orphan would wait for ever to hand over its last batch after kill -9 of the parent.
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    torch.set_num_threads(1)
-
-
-class _Loader(DataLoader):
-    def __iter__(self):
-        try:
-            yield from super().__iter__()
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise RunFailed(f"a data loading process was killed ({str(error).splitlines()[0]}); it ran out of memory "
-                            "or of shared memory: use Docker's --shm-size=8g or --workers 0") from None
-
-
-def _loader(dataset: Dataset, batch_sampler, workers: int, pin: bool = False, **options) -> DataLoader:
-    if workers:
-        options |= {"prefetch_factor": 2, "worker_init_fn": _start_worker}
-    return _Loader(dataset, batch_sampler=batch_sampler, num_workers=workers, pin_memory=pin, **options)
-
-
-class _Decode(Dataset):
-    """Row -> (image (3, H, W), k waveforms, flags), or the reason why not. Only decodes: no model in a worker."""
-
-    def __init__(self, rows: list[Row], image_size: int, sampling_rate: int, window_s: float, windows: int):
-        self.rows, self.image_size, self.audio = rows, image_size, (sampling_rate, window_s, windows)
-
-    def __getitem__(self, i: int):
-        row = self.rows[i]
-        for name, path, load in (("image", row.image_path, lambda: load_image(row.image_path, self.image_size)),
-                                 ("audio", row.audio_path, lambda: decode_audio(row.audio_path, *self.audio))):
-            try:
-                loaded = load()
-            except BadFile as error:
-                return f"{name} {path.name}: {error}"
-            image = loaded if name == "image" else image
-        return image, *loaded
-
-
-# --- cache --------------------------------------------------------------------------------------------------
-
-def _read_shard(path: Path, key: str) -> dict | None:
-    """The record of a whole shard of this cache; None if it is missing, cut, foreign or of another cache."""
-    try:
-        with safe_open(path, "pt") as shard:  # checks the header against the file's size
-            record = json.loads((shard.metadata() or {}).get("record", "{}"))
-            sizes = {shard.get_slice(name).get_shape()[0] for name in shard.keys()}
-    except (OSError, SafetensorError, ValueError):
-        return None
-    return record if record.get("key") == f"{key}/{path.stem}" and sizes <= {record.get("count")} else None
-
-
-def _read_index(folder: Path, key: str) -> dict | None:
-    """The index of a finished cache whose files all have the size they were written with, else None."""
-    try:
-        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        whole = index["key"] == key and all((folder / n).stat().st_size == s for n, s in index["files"].items())
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return index if whole else None
-
-
-def _fingerprints(base_model: Path, clap_model: Path) -> dict[str, str]:
-    import common
-    folders = {name: Path(base_model) / name for name in ("vae", "text_encoder", "tokenizer")}
-    folders["clap"] = Path(clap_model)
-    found = {}
-    for name, folder in folders.items():
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such model folder; give one that holds a {name}")
-        found[name] = common.fingerprint(folder)
-    return found
-
-
-def _cache_key(root: Path, rows: list[Row], bad: list[BadRow], fingerprints: dict, settings: dict) -> str:
-    """SHA-256 over all that the features depend on; a file counts by size and time, reading them all takes hours."""
-    digest = hashlib.sha256(json.dumps([CACHE_FORMAT, SHARD_ROWS, fingerprints, settings], sort_keys=True).encode())
-    for row in rows:
-        stats = []
-        for path in (row.image_path, row.audio_path):
-            stat = path.stat() if path.exists() else None
-            stats.append([path.relative_to(root).as_posix(), stat and stat.st_size, stat and stat.st_mtime_ns])
-        digest.update(json.dumps([stats, row.text, row.label, row.split]).encode())
-    digest.update(json.dumps([str(row) for row in bad]).encode())
-    return digest.hexdigest()
-
-
-def _judge(bad: list[str], total: int, limit: float, folder: Path, log: Log) -> None:
-    """List the unusable rows, all in bad_rows.txt; UserError if they are more than the limit's share."""
-    if not bad:
-        return
-    path = folder / "bad_rows.txt"
-    text = "".join(line + "\n" for line in bad)
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        write_atomic(path, text.encode())
-    for line in bad[:20]:
-        log(f"  unusable: {line}")
-    if len(bad) > 20:
-        log(f"  ... and {len(bad) - 20} more in {path}")
-    summary = f"{len(bad)} of {total} rows cannot be used (limit {limit * 100:g} %), listed in {path}"
-    if len(bad) > limit * total:
-        raise UserError(f"{summary}; mend or remove them, or raise --max-bad-share")
-    log(f"{summary}; they are left out")
-
-
-def _header_check(rows: list[Row]) -> dict[int, str]:
-    """The rows whose files' headers show that they cannot be used: position -> reason."""
-    bad = {}
-    for i, row in enumerate(tqdm(rows, desc="checking files", unit="row", leave=False)):
-        for name, path, opener in (("image", row.image_path, _open_image), ("audio", row.audio_path, _open_audio)):
-            try:
-                opener(path).close()
-            except BadFile as error:
-                bad[i] = f"{name} {path.name}: {error}"
-                break
-    return bad
-
-
-def _decode_check(rows: list[Row], known: dict[int, str], workers: int) -> dict[int, str]:
-    """The rows not in `known` that cannot be decoded: position -> reason. No encoder is loaded for it."""
-    order = [i for i in range(len(rows)) if i not in known]
-    loader = _loader(_Decode(rows, 64, 48000, 10.0, 1), [[i] for i in order], workers, collate_fn=list)
-    results = tqdm(loader, desc="decoding files", unit="row", leave=False)
-    return {i: result for i, [result] in zip(order, results) if isinstance(result, str)}
-
-
-class _Encoders:
-    """The frozen encoders, float32, loaded for a build only."""
-
-    def __init__(self, base_model: Path, clap_model: Path, device: str):
-        from diffusers import AutoencoderKL
-        from transformers import CLIPTextModel, CLIPTokenizer
-
-        import common
-        self.device = device
-        self.vae = AutoencoderKL.from_pretrained(base_model, subfolder="vae").float().eval().to(device)
-        self.tokenizer = CLIPTokenizer.from_pretrained(base_model, subfolder="tokenizer")
-        text_encoder = CLIPTextModel.from_pretrained(base_model, subfolder="text_encoder")
-        self.text_encoder = text_encoder.float().eval().to(device)
-        self.clap = common.CLAPAudioEncoder(str(clap_model)).float().eval().to(device)
-
-    def latents(self, images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, 3, H, W) -> mean and std of the scaled latents, each (B, C, h, w)."""
-        config = self.vae.config
-        # clone: torch aligns its memory, NumPy not, and the alignment changes last bits
-        posterior = self.vae.encode(torch.from_numpy(images).clone().to(self.device)).latent_dist
-        mean = (posterior.mean - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
-        return mean.cpu(), (posterior.std * config.scaling_factor).cpu()
-
-    def text(self, captions: list[str]) -> torch.Tensor:
-        """Captions -> (B, L, D), padded and cut to the tokenizer's length as the pipelines do."""
-        ids = self.tokenizer(captions, padding="max_length", max_length=self.tokenizer.model_max_length,
-                             truncation=True, return_tensors="pt").input_ids
-        return self.text_encoder(ids.to(self.device)).last_hidden_state.cpu()
-
-    def rows(self, decoded: list[tuple], flip: bool, batch_size: int) -> dict[str, torch.Tensor]:
-        images = np.stack([image for image, _, _ in decoded])
-        sides = [self.latents(side) for side in ([images, images[..., ::-1].copy()] if flip else [images])]
-        clips = [clip for _, clips, _ in decoded for clip in clips]
-        embeds = torch.cat([self.clap(clips[i:i + batch_size]).cpu() for i in range(0, len(clips), batch_size)])
-        return {"latents_mean": torch.stack([mean for mean, _ in sides], 1),  # (B, F, C, h, w)
-                "latents_std": torch.stack([std for _, std in sides], 1),
-                "audio_embeds": embeds.unflatten(0, (len(decoded), -1))}  # (B, k, E)
-
-
-def build_features(data_root: str | Path, base_model: Path, clap_model: Path, image_size: int, cache_dir: str | Path,
-                   windows: int = 1, flip: bool = False, batch_size: int = 16, workers: int = 2, device: str = "cpu",
-                   max_bad_share: float = 0.01, log: Log = print) -> Path:
-    """Make sure that the features of a data folder are cached; return the finished cache folder.
-
-    A finished cache is reused without loading an encoder; a half-built one goes on at the first missing shard.
-
-    Raises:
-        UserError: no usable manifest, too many unusable rows, a cache folder that cannot be written.
-        RunFailed: the disk is full, an encoder gives NaN, a loading process was killed.
-    """
-    rows, bad = read_manifest(data_root, log)
-    fingerprints = _fingerprints(base_model, clap_model)
-    settings = {"image_size": image_size, "windows": windows, "flip": flip}
-    key = _cache_key(Path(data_root).resolve(), rows, bad, fingerprints, settings)
-    folder, total = Path(cache_dir) / key[:16], len(rows) + len(bad)
-    index = _read_index(folder, key)
-    if index is None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = open(folder / "lock", "w")
-        except OSError as error:
-            raise UserError(f"{folder}: the feature cache cannot be written ({error.strerror}); "
-                            "choose another --cache-dir") from None
-        with lock:
-            _wait_for_lock(lock, folder, log)
-            index = _read_index(folder, key)  # the process we waited for has finished it, perhaps
-            if index is None:
-                for stale in sorted(folder.glob(".*.tmp")):
-                    stale.unlink()
-                    log(f"removed {stale}, left by a build that was killed")
-                header_bad = _header_check(rows)
-                if len(bad) + len(header_bad) > max_bad_share * total:  # it ends here: find all there is to mend
-                    header_bad |= _decode_check(rows, header_bad, workers)
-                _judge([*map(str, bad), *(f"{rows[i].where}: {reason}" for i, reason in sorted(header_bad.items()))],
-                       total, max_bad_share, folder, log)
-                build = _Build(Path(data_root).resolve(), folder, key, rows, header_bad, log)
-                index = build.run(Path(base_model), Path(clap_model), settings, batch_size, workers, device)
-                index |= {"fingerprints": fingerprints, "settings": settings, "total": total,
-                          "bad": [*map(str, bad), *index["bad"]]}
-                write_atomic(folder / "index.json", json.dumps(index, ensure_ascii=False).encode())
-    _judge(index["bad"], index["total"], max_bad_share, folder, log)
-    log(f"features of {len(index['rows'])} rows ready in {folder}")
-    return folder
-
-
-def _wait_for_lock(lock, folder: Path, log: Log) -> None:
-    # A POSIX lock: unlike flock it does not pass to the loading processes, so kill -9 frees it at once.
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        log(f"waiting for another process that is building {folder}")
-        fcntl.lockf(lock, fcntl.LOCK_EX)
-
-
-class _Build:
-    """The shards of one cache folder, of which those already there and whole are kept."""
-
-    def __init__(self, root: Path, folder: Path, key: str, rows: list[Row], header_bad: dict[int, str], log: Log):
-        self.root, self.folder, self.key, self.log = root, folder, key, log
-        self.rows, self.header_bad = rows, header_bad
-        self.captions = sorted({"", *(row.text for row in rows)})  # the empty one comes first
-
-    def run(self, base_model: Path, clap_model: Path, settings: dict, batch_size: int, workers: int,
-            device: str) -> dict:
-        """Encode what is missing; return the index."""
-        texts = [range(i, min(i + SHARD_ROWS, len(self.captions))) for i in range(0, len(self.captions), SHARD_ROWS)]
-        spans = [range(i, min(i + SHARD_ROWS, len(self.rows))) for i in range(0, len(self.rows), SHARD_ROWS)]
-        text_records = [self._existing(f"text-{n:05d}") for n in range(len(texts))]
-        records = [self._existing(f"rows-{n:05d}") for n in range(len(spans))]
-        if None in text_records or None in records:
-            encoders = _Encoders(base_model, clap_model, device)
-            with torch.inference_mode():
-                for n, span in enumerate(texts):
-                    if text_records[n] is None:
-                        self._encode_text(n, span, encoders, batch_size)
-                self._encode_rows(spans, records, encoders, settings, batch_size, workers)
-        bad = {**self.header_bad, **{i: reason for record in records for i, reason in record["bad"]}}
-        text_ids = {caption: n for n, caption in enumerate(self.captions)}
-        entries = []
-        for number, record in enumerate(records):
-            for offset, (i, flags) in enumerate(record["rows"]):
-                row = self.rows[i]
-                audio, image = (path.relative_to(self.root).as_posix() for path in (row.audio_path, row.image_path))
-                entries.append({"id": row.id, "audio": audio, "image": image, "text": row.text,
-                                "label": row.label, "split": row.split,
-                                "text_id": text_ids[row.text], "shard": number, "offset": offset,
-                                "flags": flags})
-        return {"format": CACHE_FORMAT, "key": self.key, "rows": entries,
-                "files": {path.name: path.stat().st_size for path in sorted(self.folder.glob("*.safetensors"))},
-                "bad": [f"{self.rows[i].where}: {bad[i]}" for i in sorted(bad)]}
-
-    def _existing(self, name: str) -> dict | None:
-        path = self.folder / f"{name}.safetensors"
-        record = _read_shard(path, self.key)
-        if record is None and path.exists():
-            self.log(f"{path} is damaged: building it again")
-        return record
-
-    def _save(self, name: str, tensors: dict[str, torch.Tensor], record: dict) -> dict:
-        for tensor in tensors.values():
-            if not torch.isfinite(tensor).all():
-                raise RunFailed(f"{self.folder / name}: an encoder gives NaN or infinity; check the model's files")
-        record |= {"key": f"{self.key}/{name}", "count": len(next(iter(tensors.values()), ()))}
-        content = save({k: t.contiguous() for k, t in tensors.items()}, {"record": json.dumps(record)})
-        write_atomic(self.folder / f"{name}.safetensors", content)
-        return record
-
-    def _encode_text(self, n: int, span: range, encoders: _Encoders, batch_size: int) -> None:
-        captions = [self.captions[i] for i in span]
-        parts = [encoders.text(captions[i:i + batch_size]) for i in range(0, len(captions), batch_size)]
-        self._save(f"text-{n:05d}", {"text_embeds": torch.cat(parts)}, {})
-
-    def _encode_rows(self, spans: list[range], records: list, encoders: _Encoders, settings: dict,
-                     batch_size: int, workers: int) -> None:
-        """Fill the gaps in `records`; batches never straddle shards, so that a build that goes on is bit-equal."""
-        usable = [[i for i in span if i not in self.header_bad] for span in spans]
-        batches = {n: [usable[n][i:i + batch_size] for i in range(0, len(usable[n]), batch_size)]
-                   for n, record in enumerate(records) if record is None}
-        decoder = _Decode(self.rows, settings["image_size"], encoders.clap.sampling_rate, encoders.clap.window_s,
-                          settings["windows"])
-        loader = _loader(decoder, [batch for part in batches.values() for batch in part], workers, collate_fn=list)
-        done = sum(len(usable[n]) for n, record in enumerate(records) if record is not None)
-        with contextlib.closing(iter(loader)) as decoded, \
-                tqdm(total=sum(map(len, usable)), initial=done, desc="features", unit="row") as bar:
-            for n, part in batches.items():
-                tensors, good, bad = [], [], []
-                for batch in part:
-                    results = dict(zip(batch, next(decoded)))
-                    bad += [(i, result) for i, result in results.items() if isinstance(result, str)]
-                    results = {i: result for i, result in results.items() if not isinstance(result, str)}
-                    good += [(i, flags) for i, (_, _, flags) in results.items()]
-                    if results:
-                        tensors.append(encoders.rows(list(results.values()), settings["flip"], batch_size))
-                    bar.update(len(batch))
-                joined = {name: torch.cat([t[name] for t in tensors]) for name in (tensors[0] if tensors else ())}
-                records[n] = self._save(f"rows-{n:05d}", joined, {"rows": good, "bad": bad})
-
-
-# --- training side ------------------------------------------------------------------------------------------
-
-class AudioImageDataset(Dataset):
-    """The cached features of one split; memory-mapped, opened by each process when it first reads.
-
-    An item: latents_mean, latents_std (F, C, h, w) with F = 2 (plain, mirrored) if flips were cached, else 1, already
-    scaled; audio_embeds (k, E); text_embeds (L, D), all float32; index, the item's number.
-
-    Raises:
-        UserError: the folder is not a finished cache, or the split has no usable rows.
-    """
-
-    def __init__(self, data_root: str | Path, split: str, cache: str | Path):
-        self.data_root, self.cache, self.split = Path(data_root), Path(cache), split
-        try:
-            index = json.loads((self.cache / "index.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.cache}: not a finished feature cache ({error}); build it again") from None
-        if index["format"] != CACHE_FORMAT:
-            raise UserError(f"{self.cache}: cache format {index['format']}, expected {CACHE_FORMAT}; build it again")
-        self.rows: list[dict] = [row for row in index["rows"] if row["split"] == split]
-        if not self.rows:
-            raise UserError(f"{data_root}: no usable row in split {split!r}; add rows with that split to the manifest")
-        self.labels = sorted({row["label"] for row in self.rows if row["label"] is not None})
-        self.fingerprints = index["fingerprints"]
-        self.clap_fingerprint = self.fingerprints["clap"]
-        self.base_fingerprint = hashlib.sha256("".join(
-            self.fingerprints[name] for name in ("vae", "text_encoder", "tokenizer")).encode()).hexdigest()
-        self._shards, self._pid = {}, None
-        first = self[0]
-        self.latent_shape = tuple(first["latents_mean"].shape[1:])  # (C, h, w)
-        self.flips = len(first["latents_mean"])
-        self.windows, self.embed_dim = first["audio_embeds"].shape
-        self.empty_text_embeds = self._read("text", 0, 0, "text_embeds")  # (L, D)
-        self.text_dim = self.empty_text_embeds.shape[-1]
-
-    def _read(self, kind: str, shard: int, offset: int, name: str) -> torch.Tensor:
-        if self._pid != os.getpid():  # a forked worker opens its own
-            self._shards, self._pid = {}, os.getpid()
-        if (kind, shard) not in self._shards:
-            path = self.cache / f"{kind}-{shard:05d}.safetensors"
-            try:
-                self._shards[kind, shard] = safe_open(path, "pt")
-            except (OSError, SafetensorError) as error:
-                raise RunFailed(f"{path}: cannot be read ({error}); start again, it will be rebuilt") from None
-        return self._shards[kind, shard].get_slice(name)[offset:offset + 1][0]
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_shards": {}, "_pid": None}
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: int) -> dict:
-        row = self.rows[i]
-        item = {name: self._read("rows", row["shard"], row["offset"], name)
-                for name in ("latents_mean", "latents_std", "audio_embeds")}
-        text_shard, text_offset = divmod(row["text_id"], SHARD_ROWS)
-        return item | {"text_embeds": self._read("text", text_shard, text_offset, "text_embeds"), "index": i}
-
-
-@functools.lru_cache(maxsize=2)  # a batch may straddle two epochs
-def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(size)
-
-
-def batch_indices(size: int, batch_size: int, seed: int, micro_step: int) -> list[int]:
-    """The batch of a micro-step: a cut of the endless row permutation(seed, 0), permutation(seed, 1), ..."""
-    start = micro_step * batch_size
-    return [int(_permutation(size, seed, at // size)[at % size]) for at in range(start, start + batch_size)]
-
-
-class StepSampler(Sampler):
-    """Batch sampler without state: the batches of micro-steps [start, stop). Resuming is another `start`."""
-
-    def __init__(self, size: int, batch_size: int, seed: int, start: int, stop: int):
-        self.size, self.batch_size, self.seed, self.start, self.stop = size, batch_size, seed, start, stop
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for micro_step in range(self.start, self.stop):
-            yield batch_indices(self.size, self.batch_size, self.seed, micro_step)
-
-    def __len__(self) -> int:
-        return max(0, self.stop - self.start)
-
-
-def make_loader(dataset: Dataset, batch_size: int, seed: int, start: int, stop: int, workers: int) -> DataLoader:
-    """The batches of micro-steps [start, stop); the same bits for any number of workers.
-
-    Raises:
-        UserError: fewer rows than a batch.
-    """
-    if len(dataset) < batch_size:
-        where = f"{dataset.data_root}: split {dataset.split!r}" if hasattr(dataset, "split") else "the data set"
-        raise UserError(f"{where} has {len(dataset)} usable rows, fewer than a batch of {batch_size}; "
-                        "add rows or lower --batch-size")
-    sampler = StepSampler(len(dataset), batch_size, seed, start, stop)
-    return _loader(dataset, sampler, workers, torch.cuda.is_available(), persistent_workers=workers > 0)
-
-
-def open_splits(cfg, base: Path, clap: Path, device) -> tuple[AudioImageDataset, AudioImageDataset]:
-    """The cached train and validation features for a stage's settings, built first where they are missing."""
-    cache = build_features(cfg.data_root, base, clap, cfg.image_size, cfg.cache_dir, cfg.windows, cfg.flip,
-                           workers=cfg.workers, device=str(device), max_bad_share=cfg.max_bad_share)
-    return AudioImageDataset(cfg.data_root, "train", cache), AudioImageDataset(cfg.data_root, "val", cache)

@@ -15,7 +15,7 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
-from config import Number, UserError, new_parser, read_json, run_main
+from config import Number, UserError, new_parser, read_json, run_main, write_atomic, write_json
 
 STAGES = ("stage1", "stage2", "stage3")
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "numpy")
@@ -173,12 +173,11 @@ def main(argv: list[str] | None = None) -> None:
     run = Path(args.run)
     report = make_report(run)
 
-    import runs
     sheet = make_sheet(run, report["settings"]["stage3"], args)
     sheet.save(run / "samples.png")
-    runs.write_atomic(run / "adapter.safetensors", (run / STAGES[-1] / "adapter.safetensors").read_bytes())
-    runs.write_json(run / "report.json", report)
-    runs.write_atomic(run / "report.md", to_markdown(report, run).encode())
+    write_atomic(run / "adapter.safetensors", (run / STAGES[-1] / "adapter.safetensors").read_bytes())
+    write_json(run / "report.json", report)
+    write_atomic(run / "report.md", to_markdown(report, run).encode())
     print(f"{run / 'samples.png'}: the sounds and their pictures\n{run / 'report.md'}, {run / 'report.json'}: the figures\n"
           f"{run / 'adapter.safetensors'}: the adapter, for stock diffusers", flush=True)
 

@@ -5,7 +5,6 @@ A checkpoint is one safetensors file with every registered object and a JSON hea
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -21,40 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-from config import RunFailed, Stopped, UserError
+from config import RunFailed, Stopped, UserError, write_atomic, write_json
 
 FORMAT = 1
-
-
-# --- files that are whole or absent -------------------------------------------------------------------------------------
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write through a temporary file in the same folder, fsync, rename, fsync the folder.
-
-    Raises:
-        RunFailed: no space is left, or the file cannot be written; the old file is as it was.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            raise RunFailed(f"no space left in {path.parent}, {len(content) / 1e6:.1f} MB needed for {path.name}; free "
-                            "some and run the same command again") from None
-        raise RunFailed(f"{path}: cannot be written ({error.strerror})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value) -> None:
-    write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def _flatten(value, name: str, tensors: dict[str, Tensor]):

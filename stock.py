@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import runs
 from common import AudioAttentionAdapter, AudioProjectionMLP, peak_memory_mb, quiet_libraries
-from config import RunFailed
+from config import RunFailed, write_atomic, write_json
 
 
 def stock_layout(audio_proj: AudioProjectionMLP, audio_attn: AudioAttentionAdapter, unet: nn.Module) -> dict[str, Tensor]:
@@ -44,7 +44,7 @@ def write_adapter(path: Path, weights: dict, unet: nn.Module, header: dict) -> N
     facts = {key: header[key] for key in ("stage", "step", "base_model", "clap_model", "fingerprints", "dims")}
     facts |= {"image_size": header["settings"]["image_size"],
               "tanh_gate": float(torch.tanh(weights["audio_attn"].gate.detach()))}
-    runs.write_atomic(path, safetensors_bytes(stock_layout(weights["audio_proj"], weights["audio_attn"], unet),
+    write_atomic(path, safetensors_bytes(stock_layout(weights["audio_proj"], weights["audio_attn"], unet),
                                               {"clap2diffusion": json.dumps(facts)}))
 
 
@@ -152,7 +152,7 @@ def finish(folder, weights: dict, unet: nn.Module, base: Path, header: dict, val
     result = {"stage": cfg.name, "steps": progress.step, "ended": progress.ended, "seconds": round(progress.seconds, 1),
               "first_validation": progress.first_validation, "last_validation": progress.last_validation,
               "tanh_gate": tanh_gate, "stock_difference": difference, "peak_memory_mb": peak_memory_mb(device), **result}
-    runs.write_json(folder.result, result)
+    write_json(folder.result, result)
     right, other = result["validation"]["val_right"], result["validation"]["other_minus_right"]
     log.text(f"{cfg.name}: done ({progress.ended}); val_right {right[0]:.5f}, another's sound costs {other[0]:+.5f} "
              f"[{other[1]:+.5f}, {other[2]:+.5f}]")

@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     from tqdm import tqdm
 
     import common
-    import data
+    import features
     import runs
     import stock
 
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = runs.RunFolder(Path(cfg.run) / cfg.name, cfg.fresh)
     if folder.is_complete():
         return
-    train, val = data.open_splits(cfg, base, clap, device)
+    train, val = features.open_splits(cfg, base, clap, device)
 
     # frozen and trainable models
     torch.manual_seed(cfg.seed)
@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     log = runs.Logger(folder.folder, cfg.log_dir, purge_step=progress.step)
     common.log_header(log, cfg, device, weights, unet, train, val, progress)
     check = common.FiniteCheck(log)
-    batches = iter(data.make_loader(train, cfg.batch_size, cfg.seed, progress.step * cfg.accumulation,
+    batches = iter(features.make_loader(train, cfg.batch_size, cfg.seed, progress.step * cfg.accumulation,
                                     cfg.steps * cfg.accumulation, cfg.workers))
 
     def validate() -> dict:

@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     from tqdm import tqdm
 
     import common
-    import data
+    import features
     import runs
     import stock
 
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     before, before_tensors = runs.previous_stage(before_path, "stage2", fingerprints,
                                                  f"python train_stage2.py --config {cfg.config} --run {cfg.run}")
     dims = before["dims"]
-    train, val = data.open_splits(cfg, base, clap, device)
+    train, val = features.open_splits(cfg, base, clap, device)
 
     # frozen and trainable models
     torch.manual_seed(cfg.seed)
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     log = runs.Logger(folder.folder, cfg.log_dir, purge_step=progress.step)
     common.log_header(log, cfg, device, weights, unet, train, val, progress)
     check = common.FiniteCheck(log)
-    batches = iter(data.make_loader(train, cfg.batch_size, cfg.seed, progress.step * cfg.accumulation,
+    batches = iter(features.make_loader(train, cfg.batch_size, cfg.seed, progress.step * cfg.accumulation,
                                     cfg.steps * cfg.accumulation, cfg.workers))
 
     def gate_sweep() -> list[dict]:

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import data
+import features
 from config import RunFailed, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,8 +29,14 @@ RATE, SIZE = 16000, 32
 def models(tmp_path_factory) -> tuple[Path, Path]:
     """A random VAE, text encoder and tokenizer as a pipeline's folder, and a random CLAP."""
     from diffusers import AutoencoderKL
-    from transformers import (ClapAudioConfig, ClapAudioModelWithProjection, ClapFeatureExtractor, CLIPTextConfig,
-                              CLIPTextModel, CLIPTokenizer)
+    from transformers import (
+        ClapAudioConfig,
+        ClapAudioModelWithProjection,
+        ClapFeatureExtractor,
+        CLIPTextConfig,
+        CLIPTextModel,
+        CLIPTokenizer,
+    )
     torch.manual_seed(0)
     base, clap = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("clap")
     AutoencoderKL(block_out_channels=(8, 16), norm_num_groups=4, latent_channels=4, scaling_factor=0.5, shift_factor=0.1,
@@ -83,7 +90,7 @@ def manifest(root: Path, rows: list) -> None:
 
 def build(root: Path, models, cache: Path, log=lambda line: None, **options) -> Path:
     options = {"workers": 0, "batch_size": 4} | options
-    return data.build_features(root, *models, SIZE, cache, log=log, **options)
+    return features.build_features(root, *models, SIZE, cache, log=log, **options)
 
 
 def test_cached_features_equal_the_models_own(tmp_path, models):
@@ -92,7 +99,7 @@ def test_cached_features_equal_the_models_own(tmp_path, models):
     root = folder(tmp_path / "data")
     sound(root / "audio/1.wav", 5, seconds=3.0, rate=22050)
     cache = build(root, models, tmp_path / "cache", flip=True, windows=2)
-    dataset = data.AudioImageDataset(root, "train", cache)
+    dataset = features.AudioImageDataset(root, "train", cache)
     base, clap = models
     vae = AutoencoderKL.from_pretrained(base, subfolder="vae")
     tokenizer = CLIPTokenizer.from_pretrained(base, subfolder="tokenizer")
@@ -107,8 +114,8 @@ def test_cached_features_equal_the_models_own(tmp_path, models):
                 torch.testing.assert_close(item["latents_mean"][side], (posterior.mean[0] - 0.1) * 0.5)
                 torch.testing.assert_close(item["latents_std"][side], posterior.std[0] * 0.5)
             for k, clip in enumerate(data.load_waveform(root / row["audio"], RATE, 1.0, 2)):
-                features = extractor(clip, sampling_rate=RATE, return_tensors="pt").input_features
-                embeds = torch.nn.functional.normalize(tower.eval()(input_features=features).audio_embeds, dim=-1)
+                mel = extractor(clip, sampling_rate=RATE, return_tensors="pt").input_features
+                embeds = torch.nn.functional.normalize(tower.eval()(input_features=mel).audio_embeds, dim=-1)
                 torch.testing.assert_close(item["audio_embeds"][k], embeds[0], atol=1e-5, rtol=1e-4)
             for text, got in ((row["text"], item["text_embeds"]), ("", dataset.empty_text_embeds)):
                 ids = tokenizer(text, padding="max_length", truncation=True, return_tensors="pt").input_ids
@@ -378,9 +385,9 @@ def test_a_missing_split_is_assigned_stably(tmp_path):
 @pytest.fixture
 def encoded(monkeypatch) -> list:
     """The number of rows of each call of the row encoders."""
-    calls, plain = [], data._Encoders.rows
-    monkeypatch.setattr(data._Encoders, "rows", lambda self, d, *a: calls.append(len(d)) or plain(self, d, *a))
-    monkeypatch.setattr(data, "SHARD_ROWS", 4)
+    calls, plain = [], features._Encoders.rows
+    monkeypatch.setattr(features._Encoders, "rows", lambda self, d, *a: calls.append(len(d)) or plain(self, d, *a))
+    monkeypatch.setattr(features, "SHARD_ROWS", 4)
     return calls
 
 
@@ -392,9 +399,9 @@ def test_key_follows_content_and_a_finished_cache_loads_no_encoder(tmp_path, mod
     root = folder(tmp_path / "data")
     first = build(root, models, tmp_path / "cache")
     assert encoded == [4, 4, 2]
-    script = (f"import sys, data; data.SHARD_ROWS = 4; data.build_features({str(root)!r}, {str(models[0])!r}, {str(models[1])!r}, {SIZE}, "
+    script = (f"import sys, features; features.SHARD_ROWS = 4; features.build_features({str(root)!r}, {str(models[0])!r}, {str(models[1])!r}, {SIZE}, "
               f"{str(tmp_path / 'cache')!r}); print('diffusers' in sys.modules or 'transformers' in sys.modules)")
-    monkeypatch.setattr(data, "_Encoders", None)
+    monkeypatch.setattr(features, "_Encoders", None)
     assert build(root, models, tmp_path / "cache") == first
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.split()[-1] == "False", done.stderr
@@ -402,7 +409,7 @@ def test_key_follows_content_and_a_finished_cache_loads_no_encoder(tmp_path, mod
     def key(**options):
         rows, bad = data.read_manifest(root)
         settings = {"image_size": SIZE} | options
-        return data._cache_key(root, rows, bad, data._fingerprints(*models), settings)
+        return features._cache_key(root, rows, bad, features._fingerprints(*models), settings)
 
     keys = [key(), key(windows=2)]
     sound(root / "audio/3.wav", 99)
@@ -429,16 +436,16 @@ def test_damaged_shards_and_stale_files_are_replaced(tmp_path, models, encoded):
 def test_a_killed_build_goes_on_and_equals_the_unbroken_one(tmp_path, models, encoded):
     root = folder(tmp_path / "data", 14)
     script = f"""
-import os, signal, data
+import os, signal, features
 from pathlib import Path
-data.SHARD_ROWS, plain, calls = 4, data._Encoders.rows, []
+features.SHARD_ROWS, plain, calls = 4, features._Encoders.rows, []
 def rows(self, *args):
     calls.append(1)
     if len(calls) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return plain(self, *args)
-data._Encoders.rows = rows
-data.build_features({str(root)!r}, Path({str(models[0])!r}), Path({str(models[1])!r}), {SIZE},
+features._Encoders.rows = rows
+features.build_features({str(root)!r}, Path({str(models[0])!r}), Path({str(models[1])!r}), {SIZE},
                     {str(tmp_path / 'killed')!r}, batch_size=4, workers=2)
 """
     killed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True,
@@ -463,14 +470,14 @@ def test_unusable_rows_are_listed_at_once_and_again(tmp_path, models):
     assert [line.split(":")[0].split()[-1] for line in listed.read_text().splitlines()] == ["4", "8", "9", "10"]
     cache = build(root, models, tmp_path / "cache", lines.append, max_bad_share=0.2)
     assert "they are left out" in lines[-2] and "16 rows" in lines[-1]
-    sizes = [len(data.AudioImageDataset(root, split, cache)) for split in ("train", "val")]
+    sizes = [len(features.AudioImageDataset(root, split, cache)) for split in ("train", "val")]
     assert sum(sizes) == 16
 
 
 def test_silence_is_kept_and_flagged(tmp_path, models):
     root = folder(tmp_path / "data", 5)
     sf.write(root / "audio/1.wav", np.zeros(RATE), RATE)
-    dataset = data.AudioImageDataset(root, "train", build(root, models, tmp_path / "cache"))
+    dataset = features.AudioImageDataset(root, "train", build(root, models, tmp_path / "cache"))
     assert [row["flags"] for row in dataset.rows] == [[], ["silent"], [], []]
 
 
@@ -488,7 +495,7 @@ def test_a_full_disk_is_one_sentence_and_the_build_goes_on(tmp_path, models, enc
         build(root, models, tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*/.*.tmp"))
     monkeypatch.undo()
-    monkeypatch.setattr(data, "SHARD_ROWS", 4)
+    monkeypatch.setattr(features, "SHARD_ROWS", 4)
     build(root, models, tmp_path / "cache")
 
 
@@ -512,13 +519,13 @@ lock = open({str(cache / "lock")!r}, "w"); fcntl.lockf(lock, fcntl.LOCK_EX); pri
 @pytest.mark.parametrize("size, batch", [(1, 1), (5, 2), (7, 3), (16, 4), (10, 10), (3, 7)])
 def test_every_epoch_shows_each_sample_once_and_any_step_can_start(size, batch):
     steps = size * 6 // batch
-    stream = [i for b in data.StepSampler(size, batch, 3, 0, steps) for i in b]
+    stream = [i for b in features.StepSampler(size, batch, 3, 0, steps) for i in b]
     for epoch in range(len(stream) // size):
         assert sorted(stream[epoch * size:(epoch + 1) * size]) == list(range(size))
-    assert list(data.StepSampler(size, batch, 3, 2, steps)) == list(data.StepSampler(size, batch, 3, 0, steps))[2:]
+    assert list(features.StepSampler(size, batch, 3, 2, steps)) == list(features.StepSampler(size, batch, 3, 0, steps))[2:]
     assert stream[:size] == np.random.default_rng([3, 0]).permutation(size).tolist()
     if size > 4:
-        assert stream[:size] != stream[size:2 * size] and stream[:batch] != data.batch_indices(size, batch, 4, 0)
+        assert stream[:size] != stream[size:2 * size] and stream[:batch] != features.batch_indices(size, batch, 4, 0)
 
 
 def test_loader_gives_the_same_bits_for_any_number_of_workers(tmp_path, models):
@@ -526,16 +533,16 @@ def test_loader_gives_the_same_bits_for_any_number_of_workers(tmp_path, models):
     cache = build(root, models, tmp_path / "cache", workers=2)
     assert content(cache)["rows-00000.safetensors"] == content(
         build(root, models, tmp_path / "again"))["rows-00000.safetensors"]
-    dataset = data.AudioImageDataset(root, "train", cache)
-    runs = [list(data.make_loader(dataset, 3, 1, 2, 7, workers)) for workers in (0, 1, 2)]
-    assert len(runs[0]) == 5 and runs[0][0]["index"].tolist() == data.batch_indices(8, 3, 1, 2)
+    dataset = features.AudioImageDataset(root, "train", cache)
+    runs = [list(features.make_loader(dataset, 3, 1, 2, 7, workers)) for workers in (0, 1, 2)]
+    assert len(runs[0]) == 5 and runs[0][0]["index"].tolist() == features.batch_indices(8, 3, 1, 2)
     assert runs[0][0]["latents_mean"].shape == (3, 1, 4, 16, 16)
     for run in runs[1:]:
         for a, b in zip(runs[0], run, strict=True):
             assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-    for make, error in ((lambda: data.AudioImageDataset(root, "test", cache), "no usable row in split 'test'"),
-                        (lambda: data.make_loader(dataset, 9, 0, 0, 1, 0), "8 usable rows, fewer than a batch of 9"),
-                        (lambda: data.AudioImageDataset(root, "train", tmp_path), "not a finished feature cache")):
+    for make, error in ((lambda: features.AudioImageDataset(root, "test", cache), "no usable row in split 'test'"),
+                        (lambda: features.make_loader(dataset, 9, 0, 0, 1, 0), "8 usable rows, fewer than a batch of 9"),
+                        (lambda: features.AudioImageDataset(root, "train", tmp_path), "not a finished feature cache")):
         with pytest.raises(UserError, match=error):
             make()
 
@@ -550,4 +557,4 @@ class _Dies(torch.utils.data.Dataset):
 
 def test_workers_ignore_ctrl_c_and_a_killed_one_is_one_sentence():
     with pytest.raises(RunFailed, match="--shm-size=8g"):
-        list(data.make_loader(_Dies(), 2, 0, 0, 2, 1))
+        list(features.make_loader(_Dies(), 2, 0, 0, 2, 1))

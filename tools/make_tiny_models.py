@@ -138,7 +138,13 @@ def make_base(out: Path, args: argparse.Namespace) -> dict:
     """VAE (64 px -> 8 x 8 x 8), then UNet and text encoder together, on captions, a tenth of them empty."""
     import torch
     import torch.nn.functional as F
-    from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        DDPMScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
     from diffusers.training_utils import EMAModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
     torch.manual_seed(args.seed)

@@ -1,0 +1,199 @@
+"""Make a data folder: sounds, pictures and the manifest metadata.jsonl that joins them.
+
+    python prepare_data.py world --out data/world             # the built-in sound world, nothing to download
+    python prepare_data.py tuxpaint --out data/tuxpaint       # real recordings and photographs of Tux Paint's stamps
+
+A manifest has one JSON object a line: image_file_name, audio_file_name, text, label, split (train, val or test). The
+sound world adds `properties`: what was drawn, for measuring later. The same flags always give the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import shutil
+import time
+from collections import Counter
+from pathlib import Path
+
+from config import Number, UserError, new_parser, read_json, run_main, write_atomic, write_json
+
+SPLITS = ("train", "val", "test")
+APT_LINE = "sudo apt-get install -y tuxpaint-stamps-default"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = new_parser(__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    world = commands.add_parser("world", help="ten synthesised sounds and their scenes", allow_abbrev=False)
+    world.add_argument("--out", default="data/world", help="folder to write")
+    world.add_argument("--seed", type=Number(int, 0), default=0, help="seed of every example")
+    world.add_argument("--train", type=Number(int, 1), default=800, help="training examples")
+    world.add_argument("--val", type=Number(int, 1), default=100, help="validation examples")
+    world.add_argument("--test", type=Number(int, 1), default=240, help="test examples")
+    world.add_argument("--workers", type=Number(int, 1, 64), default=2, help="processes")
+    tux = commands.add_parser("tuxpaint", help="stamps of Debian's tuxpaint-stamps-default", allow_abbrev=False)
+    tux.add_argument("--out", default="data/tuxpaint", help="folder to write")
+    tux.add_argument("--stamps", default="/usr/share/tuxpaint/stamps", help="where the package lies")
+    tux.add_argument("--size", type=Number(int, 16, 4096), default=512, help="side in pixels of a rendered SVG")
+    return parser
+
+
+def manifest_lines(rows: list[dict]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def already_made(out: Path, settings: dict) -> bool:
+    """True, with a line, if the folder was made with the same settings; the manifest is written last.
+
+    Raises:
+        UserError: the folder holds data made with other settings, or cannot be written.
+    """
+    if (out / "metadata.jsonl").exists():
+        found = read_json(out / "settings.json") if (out / "settings.json").exists() else None
+        if found != settings:
+            raise UserError(f"{out}: holds data made with {json.dumps(found)}, asked for {json.dumps(settings)}; give "
+                            "another --out, or delete that folder first")
+        print(f"{out}: already complete", flush=True)
+        return True
+    try:
+        for name in ("audio", "images"):
+            (out / name).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}); give another --out") from None
+    return False
+
+
+def finish(out: Path, rows: list[dict], settings: dict) -> None:
+    write_json(out / "settings.json", settings)
+    write_atomic(out / "metadata.jsonl", manifest_lines(rows))
+
+
+# --- the sound world ----------------------------------------------------------------------------------------------------
+
+def plan_labels(split: str, n: int) -> list[tuple[str, ...]]:
+    """Labels of a split's examples in order: every fifth holds two sounds, the others go round the ten classes.
+
+    In train and val the pairs go round the 36 that may be heard; in test unheard and heard ones take turns.
+    """
+    from itertools import combinations, cycle
+
+    import sound_world
+    heard = cycle([pair for pair in combinations(sound_world.CLASSES, 2) if not sound_world.is_unheard(pair)])
+    unheard, single = cycle(sound_world.UNHEARD_PAIRS), cycle(sound_world.CLASSES)
+    plan: list[tuple[str, ...]] = []
+    for i in range(n):
+        if i % 5 < 4:
+            plan.append((next(single),))
+        else:
+            plan.append(next(unheard) if split == "test" and i // 5 % 2 == 0 else next(heard))
+    return plan
+
+
+def make_example(job: tuple[Path, int, int, int, tuple[str, ...]]) -> dict:
+    """Draw, write and describe one example; depends on nothing but its job."""
+    import numpy as np
+    import soundfile
+
+    import sound_world
+    out, seed, split_index, i, labels = job
+    rng = np.random.default_rng([seed, split_index, i])
+    order = rng.permutation(len(labels))  # which of two stands at the left
+    state = sound_world.draw_state(rng, tuple(labels[k] for k in order))
+    name = f"{SPLITS[split_index]}-{i:05d}"
+    row = {"image_file_name": f"images/{name}.png", "audio_file_name": f"audio/{name}.wav",
+           "text": sound_world.caption(state, rng), "label": "+".join(state.labels), "split": SPLITS[split_index],
+           "properties": {"density": state.density, "sources": [vars(source) for source in state.sources]}}
+    picture, sound = io.BytesIO(), io.BytesIO()
+    sound_world.draw_scene(state).save(picture, format="PNG")
+    soundfile.write(sound, sound_world.synthesise(state), sound_world.SAMPLING_RATE, subtype="PCM_16", format="WAV")
+    write_atomic(out / row["image_file_name"], picture.getvalue())
+    write_atomic(out / row["audio_file_name"], sound.getvalue())
+    return row
+
+
+def make_world(args: argparse.Namespace) -> None:
+    """Write the sound world. A stopped run goes on; files that are there are written again with the same bytes."""
+    out, settings = Path(args.out), {"made_by": "world", "seed": args.seed,
+                                     **{split: getattr(args, split) for split in SPLITS}}
+    if already_made(out, settings):
+        return
+    from concurrent.futures import ProcessPoolExecutor
+
+    from tqdm import tqdm
+    began = time.time()
+    jobs = [(out, args.seed, index, i, labels) for index, split in enumerate(SPLITS)
+            for i, labels in enumerate(plan_labels(split, getattr(args, split)))]
+    with ProcessPoolExecutor(args.workers) as pool:
+        rows = list(tqdm(pool.map(make_example, jobs, chunksize=8), total=len(jobs), desc="sound world", unit="example"))
+    finish(out, rows, settings)
+    size = sum(path.stat().st_size for path in out.rglob("*.*")) / 1e6
+    print(f"{out}: {len(rows)} examples ({', '.join(f'{getattr(args, s)} {s}' for s in SPLITS)}), {size:.0f} MB, "
+          f"{time.time() - began:.0f} s", flush=True)
+
+
+# --- Tux Paint's stamps -------------------------------------------------------------------------------------------------
+
+def split_of(content: bytes) -> str:
+    """70 % train, 15 % val, 15 % test by the sound's own bytes, so stamps that share a sound share a split."""
+    place = hashlib.sha256(content).digest()[0] / 256
+    return "train" if place < 0.70 else "val" if place < 0.85 else "test"
+
+
+def render_svg(path: Path, size: int) -> bytes:
+    """An SVG as PNG bytes with its transparency, `size` pixels wide."""
+    import resvg_py
+    return bytes(resvg_py.svg_to_bytes(svg_string=path.read_text("utf-8"), width=size))
+
+
+def make_tuxpaint(args: argparse.Namespace) -> None:
+    """Copy each stamp that has a picture, a sound that is no speech, and a name."""
+    stamps, out = Path(args.stamps), Path(args.out)
+    sounds = sorted(p for p in stamps.rglob("*.ogg")
+                    if "_desc" not in p.stem and "symbols" not in p.relative_to(stamps).parts)
+    if not sounds:
+        raise UserError(f"{stamps}: holds no stamps with sounds; install them: {APT_LINE}")
+    settings = {"made_by": "tuxpaint", "size": args.size}
+    if already_made(out, settings):
+        return
+    import soundfile
+    from tqdm import tqdm
+    rows, kinds, rates, left_out = [], Counter(), Counter(), Counter()
+    for sound in tqdm(sounds, desc="stamps", unit="stamp"):
+        picture = next((p for p in (sound.with_suffix(s) for s in (".png", ".svg")) if p.exists()), None)
+        text = sound.with_suffix(".txt")
+        if picture is None or not text.exists():
+            left_out["no picture" if picture is None else "no text"] += 1
+            continue
+        relative = sound.relative_to(stamps).with_suffix("")
+        name = "-".join(relative.parts)
+        if picture.suffix == ".svg":
+            (out / f"images/{name}.png").write_bytes(render_svg(picture, args.size))
+        else:
+            shutil.copyfile(picture, out / f"images/{name}.png")
+        shutil.copyfile(sound, out / f"audio/{name}.ogg")
+        kinds[picture.suffix] += 1
+        rates[soundfile.info(sound).samplerate] += 1
+        rows.append({"image_file_name": f"images/{name}.png", "audio_file_name": f"audio/{name}.ogg",
+                     "text": text.read_text("utf-8").splitlines()[0].strip(), "label": relative.name,
+                     "split": split_of(sound.read_bytes())})
+    if not rows:
+        raise UserError(f"{stamps}: holds sounds but no stamps with picture and text; install them: {APT_LINE}")
+    finish(out, rows, settings)
+    counts = Counter(row["split"] for row in rows)
+    print(f"{out}: {len(rows)} stamps ({', '.join(f'{counts[s]} {s}' for s in SPLITS)}; "
+          f"{', '.join(f'{n} {kind}' for kind, n in sorted(kinds.items()))}; sample rates "
+          f"{', '.join(f'{rate} Hz x {n}' for rate, n in sorted(rates.items()))}"
+          + "".join(f"; {n} left out: {why}" for why, n in left_out.items())
+          + "). The stamps are under the GPL or freer licences: see the package's copyright file.", flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    {"world": make_world, "tuxpaint": make_tuxpaint}[args.command](args)
+
+
+if __name__ == "__main__":
+    run_main(main)
