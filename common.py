@@ -447,12 +447,14 @@ def log_step(log: runs.Logger, bar, cfg, progress, loss: Tensor, grad_norm: Tens
 
 # --- the machine ------------------------------------------------------------------------------------------------------
 
-def pick_device(device: str, precision: str):
+def pick_device(device: str, precision: str, frozen_dtype: str = "fp32"):
     """Return (torch.device, autocast): autocast() is a context in bfloat16, or one that does nothing for fp32.
 
     Raises:
-        UserError: CUDA was asked for and is not there, or it has no BF16.
+        UserError: CUDA was asked for and is not there, it has no BF16, or BF16 weights are to run without autocast.
     """
+    if frozen_dtype == "bf16" and precision == "fp32":
+        raise UserError("--frozen-dtype bf16 needs --precision bf16: a UNet held in bfloat16 cannot compute in float32")
     cuda = torch.cuda.is_available()
     if device == "cuda" and not cuda:
         raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu or auto")

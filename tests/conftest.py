@@ -1,0 +1,100 @@
+"""Shared by the tests: the small models of assets/tiny, a small sound world, and one short run of the three stages."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BASE, CLAP = ROOT / "assets/tiny/base", ROOT / "assets/tiny/clap"
+ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def script(name: str, *args, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """Run one of our scripts as a user does and return what came out."""
+    return subprocess.run([sys.executable, str(ROOT / name), *map(str, args)], cwd=cwd, env=ENV, capture_output=True,
+                          text=True, timeout=600)
+
+
+def ok(done: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+def kill_at(step: int, signum: int, name: str, *args, folder: Path) -> subprocess.Popen:
+    """Start a stage and send it a signal once its log says that `step` is done; returns the ended process."""
+    process = subprocess.Popen([sys.executable, str(ROOT / name), *map(str, args)], cwd=ROOT, env=ENV,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log, deadline = folder / "log.jsonl", time.time() + 300
+    while time.time() < deadline and process.poll() is None:
+        if log.exists() and any(json.loads(line)["step"] >= step and "loss" in line
+                                for line in log.read_text().splitlines() if line.endswith("}")):
+            process.send_signal(signum)
+            break
+        time.sleep(0.005)
+    process.output = process.communicate(timeout=300)
+    return process
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    """40 training, 20 validation and 10 test examples of the sound world."""
+    out = tmp_path_factory.mktemp("data") / "world"
+    ok(script("prepare_data.py", "world", "--out", out, "--train", 40, "--val", 20, "--test", 10))
+    return out
+
+
+def write_config(path: Path, world: Path, run: Path, cache: Path, **common) -> Path:
+    """The default's config, with everything small: a few steps, a few clips, log lines at every step."""
+    path.write_text(json.dumps({
+        "common": {"run": str(run), "data_root": str(world), "cache_dir": str(cache), "base_model": str(BASE),
+                   "clap_model": str(CLAP), "image_size": 64, "batch_size": 4, "val_draws": 1, "samples": 1,
+                   "save_every": 3, "log_every": 1, "keep": 3, **common},
+        "stage1": {"steps": 10, "learning_rate": 1e-3, "warmup_steps": 2, "validate_every": 5},
+        "stage2": {"steps": 10, "learning_rate": 1e-3, "validate_every": 5, "ema_decay": 0.9},
+        "stage3": {"steps": 10, "validate_every": 0}}))
+    return path
+
+
+@pytest.fixture(scope="session")
+def config(world, tmp_path_factory) -> Path:
+    """A config whose run folder no test writes to but the fixture `run`."""
+    place = tmp_path_factory.mktemp("run")
+    return write_config(place / "small.json", world, place / "run", place / "cache")
+
+
+@pytest.fixture(scope="session")
+def run(config) -> Path:
+    """The three stages, ten steps each, by the real scripts."""
+    for stage in (1, 2, 3):
+        ok(script(f"train_stage{stage}.py", "--config", config))
+    return Path(json.loads(config.read_text())["common"]["run"])
+
+
+def interrupt_sweep(steps: list[int], signums: list[int], stage: int, config: Path, run: Path, out: Path) -> None:
+    """For each (step, signal): stop the stage there, run the same command again, compare with the unbroken run."""
+    import torch
+
+    import runs
+    name, unbroken = f"stage{stage}", runs.read_checkpoint(run / f"stage{stage}" / "final.safetensors")[1]
+    before = ["--init-from", run / f"stage{stage - 1}"] if stage > 1 else []
+    for step in steps:
+        for signum in signums:
+            place = out / f"{name}-{step}-{signum}"
+            command = (f"train_{name}.py", "--config", config, "--run", place, *before)
+            process = kill_at(step, signum, *command, folder=place / name)
+            assert process.returncode == (-9 if signum == signal.SIGKILL else 128 + signum), process.output[1][-2000:]
+            if signum != signal.SIGKILL:
+                last = process.output[1].strip().splitlines()[-1]
+                assert "stopped by" in last and "checkpoints/step-" in last and "Traceback" not in process.output[1]
+            ok(script(*command))
+            resumed = runs.read_checkpoint(place / name / "final.safetensors")[1]
+            assert resumed.keys() == unbroken.keys()
+            assert all(torch.equal(resumed[key], unbroken[key]) for key in unbroken), (name, step, signum)

@@ -1,0 +1,262 @@
+"""The adapter, the gate, the export and a step's mechanics against independent computations."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import BASE, CLAP
+from diffusers import DDPMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, UNet2DConditionModel
+
+import common
+import runs
+import stock
+
+
+@pytest.fixture(scope="module")
+def unet():
+    return UNet2DConditionModel.from_pretrained(BASE, subfolder="unet").eval().requires_grad_(False)
+
+
+def inputs(unet, batch: int = 2) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    width, size, channels = unet.config.cross_attention_dim, unet.config.sample_size, unet.config.in_channels
+    return {"noisy_latents": torch.randn(batch, channels, size, size, generator=generator),
+            "timesteps": torch.tensor([700, 30][:batch]),
+            "text_tokens": torch.randn(batch, 7, width, generator=generator),
+            "audio_embeds": torch.nn.functional.normalize(torch.randn(batch, 512, generator=generator), dim=-1)}
+
+
+def adapter(unet, strength: float, num_tokens: int = 8):
+    """A copy of the UNet with an untrained adapter whose audio K and V are moved away from the text's."""
+    torch.manual_seed(1)
+    unet = copy.deepcopy(unet)
+    audio_proj = common.AudioProjectionMLP(512, unet.config.cross_attention_dim, num_tokens)
+    audio_attn = common.AudioAttentionAdapter(unet, strength)
+    for linear in [*audio_attn.to_k, *audio_attn.to_v]:
+        linear.weight.data += 0.05 * torch.randn_like(linear.weight)
+    audio_attn.attach(unet)
+    return unet, audio_proj, audio_attn
+
+
+def forward(unet, audio_proj, batch) -> torch.Tensor:
+    with torch.inference_mode():
+        tokens = audio_proj(batch["audio_embeds"])
+        return unet(batch["noisy_latents"], batch["timesteps"], (batch["text_tokens"], tokens)).sample
+
+
+def test_gate_zero_is_the_base_model_bit_for_bit(unet):
+    batch = inputs(unet)
+    with torch.inference_mode():
+        base = unet(batch["noisy_latents"], batch["timesteps"], batch["text_tokens"]).sample
+    ours, audio_proj, audio_attn = adapter(unet, 0.0)
+    assert torch.equal(forward(ours, audio_proj, batch), base)
+    audio_attn.set_strength(0.1)
+    assert not torch.equal(forward(ours, audio_proj, batch), base)
+
+
+def test_gate_has_a_gradient_at_zero(unet):
+    batch = inputs(unet)
+    ours, audio_proj, audio_attn = adapter(unet, 0.0)
+    tokens = audio_proj(batch["audio_embeds"])
+    ours(batch["noisy_latents"], batch["timesteps"], (batch["text_tokens"], tokens)).sample.square().mean().backward()
+    assert audio_attn.gate.grad.abs() > 0
+
+
+def test_attention_is_text_plus_tanh_gate_times_audio_in_float64(unet):
+    """One cross-attention, written out by hand with NumPy in float64."""
+    ours, audio_proj, audio_attn = adapter(unet, 0.4)
+    name, attn = next(iter(common.cross_attentions(ours).items()))
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(1, 5, attn.to_q.in_features, generator=generator)
+    text, audio = (torch.randn(1, n, attn.to_k.in_features, generator=generator) for n in (7, 8))
+    with torch.inference_mode():
+        got = attn(x, encoder_hidden_states=(text, audio))[0].double().numpy()
+
+    def attend(keys, key_weight, value_weight):
+        q, k, v = (a[0].double().numpy() @ w.double().numpy().T for a, w in
+                   ((x, attn.to_q.weight), (keys, key_weight), (keys, value_weight)))
+        width = q.shape[1] // attn.heads
+        out = []
+        for h in range(attn.heads):
+            part = slice(h * width, (h + 1) * width)
+            scores = q[:, part] @ k[:, part].T / math.sqrt(width)
+            weights = np.exp(scores - scores.max(1, keepdims=True))
+            out.append(weights / weights.sum(1, keepdims=True) @ v[:, part])
+        return np.concatenate(out, axis=1)
+
+    mixed = attend(text, attn.to_k.weight, attn.to_v.weight) + 0.4 * attend(
+        audio, audio_attn.to_k[0].weight.detach(), audio_attn.to_v[0].weight.detach())
+    expected = mixed @ attn.to_out[0].weight.double().numpy().T + attn.to_out[0].bias.double().numpy()
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_projection_equals_float64_and_has_clip_sized_tokens():
+    torch.manual_seed(0)
+    audio_proj = common.AudioProjectionMLP(16, 24, 3)
+    x = torch.nn.functional.normalize(torch.randn(2, 16), dim=-1)
+    w0, b0, w1, b1 = (p.detach().double() for p in audio_proj.proj.parameters())
+    h = x.double() * 4 @ w0.T + b0
+    h = h * 0.5 * (1 + torch.erf(h / math.sqrt(2)))
+    y = (h @ w1.T + b1).view(2, 3, 24)
+    y = (y - y.mean(-1, keepdim=True)) / (y.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(audio_proj(x).double(), y, atol=1e-5, rtol=1e-5)
+    assert audio_proj(x).norm(dim=-1).mean().item() == pytest.approx(math.sqrt(24), rel=0.02)
+    with pytest.raises(ValueError, match="audio_embeds are 7 wide, the adapter expects 16"):
+        audio_proj(torch.zeros(1, 7))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5, 8])
+@pytest.mark.parametrize("pipeline", [StableDiffusionPipeline, StableDiffusionImg2ImgPipeline])
+def test_export_equals_our_forward_in_stock_pipelines(unet, tmp_path, pipeline, num_tokens):
+    batch = inputs(unet)
+    ours, audio_proj, audio_attn = adapter(unet, 0.4, num_tokens)
+    common.add_lora(ours, 8, 32, 0.1)
+    ours.eval()
+    for name, p in ours.named_parameters():
+        if ".lora_" in name:
+            p.data += 0.02 * torch.randn_like(p)
+    weights = {"audio_proj": audio_proj, "audio_attn": audio_attn}
+    path = tmp_path / "adapter.safetensors"
+    header = {"stage": "stage2", "step": 1, "base_model": "", "clap_model": "", "fingerprints": {}, "dims": {},
+              "settings": {"image_size": 64}}
+    stock.write_adapter(path, weights, ours, header)
+    pipe = pipeline.from_pretrained(BASE, safety_checker=None, requires_safety_checker=False)
+    pipe.load_ip_adapter(str(tmp_path), subfolder="", weight_name=path.name, image_encoder_folder=None)
+
+    def stock_forward() -> torch.Tensor:
+        with torch.inference_mode():
+            return pipe.unet(batch["noisy_latents"], batch["timesteps"], batch["text_tokens"],
+                             added_cond_kwargs={"image_embeds": [batch["audio_embeds"][:, None]]}).sample
+
+    expected = forward(ours, audio_proj, batch)
+    assert (stock_forward() - expected).abs().max() < 1e-4
+    pipe.set_ip_adapter_scale(0.5)
+    assert (stock_forward() - expected).abs().max() > 1e-3  # the comparison sees a change of the strength
+
+
+@pytest.mark.parametrize("broken", ["proj.0.weight", "to_v_ip", "lora.up"])
+def test_check_export_fails_on_a_broken_file(unet, tmp_path, monkeypatch, broken):
+    ours, audio_proj, audio_attn = adapter(unet, 0.4)
+    common.add_lora(ours, 4, 8, 0.0)
+    for name, p in ours.named_parameters():
+        if ".lora_" in name:
+            p.data += 0.05 * torch.randn_like(p)
+    path, layout = tmp_path / "adapter.safetensors", stock.stock_layout
+    header = {"stage": "stage2", "step": 1, "base_model": "", "clap_model": "", "fingerprints": {}, "dims": {},
+              "settings": {"image_size": 64}}
+    weights = {"audio_proj": audio_proj, "audio_attn": audio_attn}
+    stock.write_adapter(path, weights, ours, header)
+    assert stock.check_export(path, BASE, audio_proj, audio_attn, ours, inputs(unet)) < 1e-4
+    monkeypatch.setattr(stock, "stock_layout", lambda *a: {
+        key: value * (1.5 if broken in key else 1) for key, value in layout(*a).items()})
+    stock.write_adapter(path, weights, ours, header)
+    with pytest.raises(runs.RunFailed, match="differs from ours"):
+        stock.check_export(path, BASE, audio_proj, audio_attn, ours, inputs(unet))
+
+
+def test_export_with_a_unet_held_in_bf16_is_compared_with_the_base_in_float32(unet, tmp_path):
+    ours, audio_proj, audio_attn = adapter(unet, 0.4)
+    ours = ours.to(torch.bfloat16)
+    path = tmp_path / "adapter.safetensors"
+    header = {"stage": "stage1", "step": 1, "base_model": "", "clap_model": "", "fingerprints": {}, "dims": {},
+              "settings": {"image_size": 64}}
+    stock.write_adapter(path, {"audio_proj": audio_proj, "audio_attn": audio_attn}, ours, header)
+    assert stock.check_export(path, BASE, audio_proj, audio_attn, ours, inputs(unet)) < 1e-4
+
+
+def test_clap_embeddings_are_unit_length_repeatable_and_equal_transformers_own():
+    from transformers import ClapFeatureExtractor, ClapModel
+    encoder = common.CLAPAudioEncoder(CLAP)
+    n = encoder.extractor.nb_max_samples
+    waves = [np.sin(np.arange(n // k) * 0.05 * k).astype(np.float32) for k in (1, 3)]
+    embeds = encoder(waves)
+    model, extractor = ClapModel.from_pretrained(CLAP).eval(), ClapFeatureExtractor.from_pretrained(CLAP)
+    with torch.inference_mode():
+        features = extractor(waves, sampling_rate=encoder.sampling_rate, return_tensors="pt")["input_features"]
+        expected = torch.nn.functional.normalize(model.get_audio_features(features).pooler_output, dim=-1)
+    torch.testing.assert_close(embeds, expected, atol=1e-5, rtol=1e-4)
+    assert torch.equal(encoder(waves), embeds) and torch.allclose(embeds.norm(dim=-1), torch.ones(2))
+    for bad in (np.zeros((2, n), np.float32), np.zeros(0, np.float32), np.zeros(n + 1, np.float32),
+                np.full(n, np.nan, np.float32)):
+        with pytest.raises(ValueError, match="waveform"):
+            encoder([bad])
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_loss_and_target_equal_float64(kind):
+    scheduler = DDPMScheduler.from_pretrained(BASE, subfolder="scheduler", prediction_type=kind)
+    generator = torch.Generator().manual_seed(0)
+    latents, noise, pred = (torch.randn(3, 4, 8, 8, generator=generator) for _ in range(3))
+    timesteps = torch.tensor([1, 500, 999])
+    alphas = scheduler.alphas_cumprod.double().numpy()[timesteps.numpy()].reshape(3, 1, 1, 1)
+    target = noise.double().numpy()
+    if kind == "v_prediction":
+        target = np.sqrt(alphas) * noise.double().numpy() - np.sqrt(1 - alphas) * latents.double().numpy()
+    pred = pred.to(torch.bfloat16)  # what autocast hands over
+    expected = ((pred.double().numpy() - target) ** 2).reshape(3, -1).mean(1)
+    got = common.mse_per_sample(pred, common.diffusion_target(scheduler, latents, noise, timesteps))
+    assert got.dtype == torch.float32
+    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-5)
+
+
+def test_conditions_are_dropped_by_sample_in_the_asked_shares():
+    n = 20000
+    text, audio, empty = torch.ones(n, 1, 1), torch.ones(n, 2), torch.full((1, 1), 7.0)
+    text, audio = common.drop_conditions(text, audio, empty, 0.5, 0.05, 0.1, torch.Generator().manual_seed(0))
+    no_text, no_audio = text[:, 0, 0] == 7, audio[:, 0] == 0
+    shares = [float((a & b).float().mean()) for a, b in
+              ((no_text, ~no_audio), (~no_text, no_audio), (no_text, no_audio), (~no_text, ~no_audio))]
+    np.testing.assert_allclose(shares, [0.5, 0.05, 0.1, 0.35], atol=0.012)
+
+
+def test_randomness_depends_on_the_key_alone():
+    a = torch.randn(4, generator=common.step_generator(3, 17, 0))
+    torch.randn(99)
+    assert torch.equal(a, torch.randn(4, generator=common.step_generator(3, 17, 0)))
+    for key in ((3, 18, 0), (4, 17, 0), (3, 17, 1)):
+        assert not torch.equal(a, torch.randn(4, generator=common.step_generator(*key)))
+
+
+def test_latents_are_drawn_from_the_cached_posterior():
+    batch = {"latents_mean": torch.tensor([[1.0, -1.0]]).expand(4000, 2).reshape(4000, 2, 1, 1, 1),
+             "latents_std": torch.full((4000, 2, 1, 1, 1), 0.1)}
+    latents = common.draw_latents(batch, torch.Generator().manual_seed(0)).flatten()
+    assert (latents > 0).float().mean().item() == pytest.approx(0.5, abs=0.03)  # mirrored or not, by halves
+    assert latents[latents > 0].std().item() == pytest.approx(0.1, abs=0.005)
+
+
+def test_other_is_never_the_same_recording_and_of_another_label_if_there_is_one():
+    labels, audio = ["dog", "dog", "rain", "dog"], ["a", "b", "c", "a"]
+    for seed in range(20):
+        others = common.other_sounds(labels, audio, seed)
+        assert others[:2] == [2, 2] and others[3] == 2 and others[2] in (0, 1, 3)
+    assert common.other_sounds(["x", "x", "x"], ["a", "a", "b"], 0)[:2] == [2, 2]
+    with pytest.raises(common.UserError, match="one recording only"):
+        common.other_sounds(["x", "x"], ["a", "a"], 0)
+
+
+def test_interval_agrees_with_scipys_bootstrap():
+    from scipy.stats import bootstrap
+    values = np.random.default_rng(1).normal(2.0, 1.0, 80)
+    mean, low, high = common.interval(values)
+    expected = bootstrap((values,), np.mean, n_resamples=5000, method="percentile", rng=0).confidence_interval
+    assert mean == pytest.approx(values.mean()) and (low, high) == pytest.approx(tuple(expected), abs=0.03)
+
+
+def test_three_steps_that_are_not_finite_end_the_run():
+    class Log:
+        folder, lines = "run", []
+
+        def text(self, line):
+            self.lines.append(line)
+
+    check, one, nan = common.FiniteCheck(Log()), torch.tensor(1.0), torch.tensor(float("nan"))
+    assert check(0, one, one, ["a"]) and not check(1, nan, one, ["bad.wav"]) and check(2, one, torch.tensor(200.0), [])
+    assert "bad.wav" in Log.lines[0] and "200" in Log.lines[1]
+    assert not check(3, one, nan, []) and not check(4, one, nan, [])
+    with pytest.raises(runs.RunFailed, match="steps 3 to 5"):
+        check(5, one, torch.tensor(float("inf")), [])

@@ -1,0 +1,208 @@
+"""The real stage scripts, end to end on the small models: what trains, what does not, resume, pictures."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import BASE, CLAP, ROOT, interrupt_sweep, ok, script, write_config
+from PIL import Image
+
+import runs
+
+STAGES = (1, 2, 3)
+
+
+def final(folder: Path) -> dict[str, torch.Tensor]:
+    return runs.read_checkpoint(folder / "final.safetensors")[1]
+
+
+def test_the_three_stages_leave_what_the_readme_promises(run):
+    for stage in STAGES:
+        folder = run / f"stage{stage}"
+        result = json.loads((folder / "result.json").read_text())
+        assert result["steps"] == 10 and result["stock_difference"] < 1e-4
+        assert set(result["validation"]) == {"val_right", "val_silence", "val_other", "silence_minus_right",
+                                             "other_minus_right"}
+        steps = [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()
+                 if '"loss"' in line]
+        assert steps == list(range(1, 11))
+        assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == [
+            f"step-{step:08d}.safetensors" for step in (6, 9, 10)]
+        assert any((folder / "tensorboard").iterdir())
+        assert Image.open(folder / "samples.png").size == (64, 64)
+        assert not list(folder.rglob("*.tmp"))
+    sweep = json.loads((run / "stage3/sweep.json").read_text())
+    assert [row["tanh_gate"] for row in sweep["before"]] == [i / 10 for i in range(11)]
+    assert len({row["loss"] for row in sweep["before"]}) == 11  # the gate matters to the loss
+    assert Image.open(run / "stage3/sweep.png").size[0] > 300
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_is_trainable_gets_a_gradient_and_moves_and_nothing_else_does(stage, config, run, tmp_path, monkeypatch):
+    """Runs the script's own main() and watches the list it clips and the UNet it loads."""
+    import diffusers
+    seen, unets, plain = {}, [], torch.nn.utils.clip_grad_norm_
+    load = diffusers.UNet2DConditionModel.from_pretrained
+
+    def clip(parameters, max_norm):
+        for i, p in enumerate(parameters):
+            moved = seen.setdefault(i, [p, p.detach().clone(), 0.0])
+            moved[2] = max(moved[2], float(p.grad.abs().max()) if p.grad is not None else 0.0)
+        return plain(parameters, max_norm)
+
+    def from_pretrained(*args, **kwargs):
+        unets.append(load(*args, **kwargs))
+        return unets[-1]
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    monkeypatch.setattr(diffusers.UNet2DConditionModel, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(sys, "argv", [f"train_stage{stage}.py"])
+    module = __import__(f"train_stage{stage}")
+    before = ["--init-from", str(run / f"stage{stage - 1}")] if stage > 1 else []
+    module.main(["--config", str(config), "--run", str(tmp_path), "--steps", "3", "--samples", "0", "--workers", "0",
+                 *before])
+    blocks = 2 * len([name for name in unets[0].attn_processors if name.endswith("attn2.processor")])
+    lora = 2 * 4 * len(unets[0].attn_processors)
+    assert len(seen) == {1: 6 + blocks, 2: 6 + blocks + lora, 3: 1}[stage]
+    for p, first, gradient in seen.values():
+        assert gradient > 0 and not torch.equal(p, first)
+    untouched = load(BASE, subfolder="unet").state_dict()
+    for name, p in unets[0].named_parameters():
+        if ".lora_" not in name:
+            assert torch.equal(p, untouched[name.replace(".base_layer", "")]), name
+    gate, earlier = final(tmp_path / f"stage{stage}"), final(run / "stage2")
+    if stage < 3:
+        assert gate["audio_attn.gate"].tanh().item() == pytest.approx(0.4)
+    else:
+        changed = [key for key in gate if not torch.equal(gate[key], earlier[key])]
+        assert changed == ["audio_attn.gate"]
+
+
+@pytest.mark.parametrize("stage, step, signum", [(1, 4, signal.SIGTERM), (2, 7, signal.SIGKILL), (3, 5, signal.SIGINT)])
+def test_a_stopped_stage_goes_on_and_ends_with_the_same_weights(stage, step, signum, config, run, tmp_path):
+    interrupt_sweep([step], [signum], stage, config, run, tmp_path)
+
+
+def test_one_and_two_workers_give_the_same_weights(config, run, tmp_path):
+    for workers in (0, 1):
+        ok(script("train_stage1.py", "--config", config, "--run", tmp_path / str(workers), "--workers", workers,
+                  "--samples", 0))
+        assert all(torch.equal(value, final(run / "stage1")[key])
+                   for key, value in final(tmp_path / f"{workers}/stage1").items())
+    ok(script("train_stage1.py", "--config", config, "--run", tmp_path / "seed", "--seed", 1, "--samples", 0))
+    assert not torch.equal(final(tmp_path / "seed/stage1")["audio_proj.proj.0.weight"],
+                           final(run / "stage1")["audio_proj.proj.0.weight"])
+
+
+def test_a_copied_script_runs_under_another_name(config, run, tmp_path):
+    for name in ("train_stage2.py", "common.py", "config.py", "data.py", "features.py", "runs.py", "stock.py"):
+        shutil.copy(ROOT / name, tmp_path / ("train_ablation.py" if name == "train_stage2.py" else name))
+    shutil.copytree(run / "stage1", tmp_path / "run/stage1")
+    import subprocess
+    done = subprocess.run([sys.executable, "train_ablation.py", "--config", config, "--run", "run", "--steps", "2"],
+                          cwd=tmp_path, capture_output=True, text=True)
+    ok(done)
+    assert (tmp_path / "run/ablation/adapter.safetensors").exists() and not (tmp_path / "run/stage2").exists()
+
+
+def test_options_work_together(config, run, tmp_path):
+    """Accumulation, EMA, bf16-held UNet, flips, windows, early stop, pictures on the way."""
+    done = ok(script("train_stage1.py", "--config", config, "--run", tmp_path, "--steps", 6, "--accumulation", 2,
+                     "--ema-decay", 0.9, "--frozen-dtype", "bf16", "--flip", "--windows", 2,
+                     "--validate-every", 1, "--patience", 2, "--min-delta", 10, "--sample-every", 1,
+                     "--best-metric", "other_minus_right", "--log-dir", tmp_path / "boards"))
+    result = json.loads((tmp_path / "stage1/result.json").read_text())
+    assert result["ended"] == "no improvement in 2 validations" and result["steps"] == 2
+    assert (tmp_path / "stage1/samples-00000001.png").exists() and any((tmp_path / "boards").rglob("events*"))
+    assert "effective batch 8 (4 x 2), EMA 0.9" in done.stdout
+    done = ok(script("train_stage1.py", "--config", config, "--run", tmp_path / "b", "--steps", 1, "--precision", "fp32"))
+    assert "fp32 autocast" in done.stdout
+    done = script("train_stage1.py", "--config", config, "--precision", "fp32", "--frozen-dtype", "bf16")
+    assert done.returncode == 2 and "--frozen-dtype bf16 needs --precision bf16" in done.stderr
+
+
+def test_a_gate_that_walks_away_ends_in_a_verdict_with_the_sweep_on_disk(config, run, tmp_path):
+    """Stage 2's audio V turned round: now the sound raises the loss, and the gate goes below zero."""
+    spoiled = tmp_path / "spoiled"
+    header, tensors = runs.read_checkpoint(run / "stage2/final.safetensors")
+    for key in tensors:
+        if ".to_v." in key and "audio_attn" in key:
+            tensors[key] = tensors[key] * -3
+    spoiled.mkdir()
+
+    class State:
+        def __init__(self, name):
+            self.name = name
+
+        def state_dict(self):
+            return runs._unflatten(header["objects"][self.name], tensors)
+
+    runs.save_checkpoint(spoiled / "final.safetensors", {name: State(name) for name in header["objects"]},
+                         {k: v for k, v in header.items() if k != "objects"})
+    command = ("train_stage3.py", "--config", config, "--run", tmp_path, "--init-from", spoiled, "--steps", 200,
+               "--away-steps", 10, "--batch-size", 16)
+    done = script(*command)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "the sound raises the loss: tanh(gate) -" in done.stderr.strip().splitlines()[-1]
+    assert (tmp_path / "stage3/sweep.png").exists() and not (tmp_path / "stage3/result.json").exists()
+    assert script(*command).returncode == 1  # and says so again, without training on
+
+
+def test_generate_is_what_a_user_does_in_five_lines(run, world, tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    import common
+    import data
+    rows = [json.loads(line) for line in (world / "metadata.jsonl").read_text().splitlines()]
+    dog, rain = (next(world / row["audio_file_name"] for row in rows if row["label"] == label)
+                 for label in ("dog_barking", "rain"))
+    out = tmp_path / "out.png"
+    ok(script("generate.py", "--audio", dog, rain, dog, "--run", run, "--out", out, "--steps", 4, "--seed", 7))
+    pictures = [Image.open(tmp_path / f"out-{i}.png") for i in (1, 2, 3)]
+    facts = json.loads(pictures[1].text["clap2diffusion"])
+    assert facts["audio"] == str(rain) and facts["seed"] == 8 and facts["guidance"] == 5.0
+
+    pipe = StableDiffusionPipeline.from_pretrained(BASE, safety_checker=None, requires_safety_checker=False)
+    pipe.load_ip_adapter(str(run / "stage3"), subfolder="", weight_name="adapter.safetensors",
+                         image_encoder_folder=None)
+    encoder = common.CLAPAudioEncoder(CLAP)
+    embeds = encoder(data.load_waveform(dog, encoder.sampling_rate, encoder.window_s))[None]
+    picture = pipe("", ip_adapter_image_embeds=[torch.cat([torch.zeros_like(embeds), embeds])], guidance_scale=5.0,
+                   num_inference_steps=4, generator=torch.Generator().manual_seed(7)).images[0]
+    difference = Image.fromarray(abs(_array(picture) - _array(pictures[0])).astype("uint8"))
+    assert difference.getextrema() == ((0, 0), (0, 0), (0, 0)) or max(b for _, b in difference.getextrema()) <= 2
+
+    ok(script("generate.py", "--audio", rain, "--run", run, "--out", out, "--steps", 4, "--seed", 7))
+    assert abs(_array(Image.open(out)) - _array(pictures[0])).max() > 0  # another sound, same noise: another picture
+
+
+def _array(image):
+    import numpy as np
+    return np.asarray(image).astype(int)
+
+
+def test_report_holds_what_was_run(run, config):
+    ok(script("report.py", "--run", run, "--columns", 3, "--steps", 2))
+    report = json.loads((run / "report.json").read_text())
+    for stage in ("stage1", "stage2", "stage3"):
+        result = json.loads((run / stage / "result.json").read_text())
+        assert report["after"][stage] == result["validation"] and report["seconds"][stage] == result["seconds"]
+    assert report["validation_loss"]["stage1"]["best"] == report["after"]["stage1"]["val_right"]
+    assert report["gate"]["steps"] == 10 and len(report["gate"]["sweep_after"]) == 11
+    assert report["versions"]["torch"].startswith(torch.__version__.split("+")[0]) and report["git_commit"]
+    assert Image.open(run / "samples.png").size == (104 + 3 * 132, 22 + 6 * 132)
+    assert "| stage3 |" in (run / "report.md").read_text()
+
+
+def test_another_small_world_makes_another_cache_and_the_same_one_is_reused(config, run, world, tmp_path):
+    other = write_config(tmp_path / "c.json", world, tmp_path / "run", tmp_path / "cache", windows=1)
+    first = ok(script("train_stage1.py", "--config", other, "--steps", 1, "--samples", 0))
+    again = ok(script("train_stage1.py", "--config", other, "--steps", 1, "--samples", 0, "--name", "b"))
+    assert "encod" not in again.stderr and len(list((tmp_path / "cache").iterdir())) == 1
+    assert "features:" in first.stderr and "features:" not in again.stderr
