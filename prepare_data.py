@@ -13,7 +13,8 @@ import argparse
 import hashlib
 import io
 import json
-import shutil
+import os
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -21,6 +22,8 @@ from pathlib import Path
 from config import Number, UserError, new_parser, read_json, run_main, write_atomic, write_json
 
 SPLITS = ("train", "val", "test")
+# Speech under the name of a plain sound: the letters' names, and Armstrong's words (the package's changelog).
+SPOKEN = ("dreydl-", "apollo_lander")
 APT_LINE = "sudo apt-get install -y tuxpaint-stamps-default"
 
 
@@ -61,6 +64,8 @@ def already_made(out: Path, settings: dict) -> bool:
     try:
         for name in ("audio", "images"):
             (out / name).mkdir(parents=True, exist_ok=True)
+            for stale in (out / name).glob(".*.tmp"):  # left by a run that was killed
+                stale.unlink()
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); give another --out") from None
     return False
@@ -90,6 +95,15 @@ def plan_labels(split: str, n: int) -> list[tuple[str, ...]]:
         else:
             plan.append(next(unheard) if split == "test" and i // 5 % 2 == 0 else next(heard))
     return plan
+
+
+def end_with_parent(parent: int) -> None:
+    """A worker waits for its next job for ever when its parent is killed with -9: leave as soon as it is gone."""
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def make_example(job: tuple[Path, int, int, int, tuple[str, ...]]) -> dict:
@@ -126,7 +140,7 @@ def make_world(args: argparse.Namespace) -> None:
     began = time.time()
     jobs = [(out, args.seed, index, i, labels) for index, split in enumerate(SPLITS)
             for i, labels in enumerate(plan_labels(split, getattr(args, split)))]
-    with ProcessPoolExecutor(args.workers) as pool:
+    with ProcessPoolExecutor(args.workers, initializer=end_with_parent, initargs=(os.getpid(),)) as pool:
         rows = list(tqdm(pool.map(make_example, jobs, chunksize=8), total=len(jobs), desc="sound world", unit="example"))
     finish(out, rows, settings)
     size = sum(path.stat().st_size for path in out.rglob("*.*")) / 1e6
@@ -136,23 +150,52 @@ def make_world(args: argparse.Namespace) -> None:
 
 # --- Tux Paint's stamps -------------------------------------------------------------------------------------------------
 
+def same_recording(sounds: list[Path]) -> list[int]:
+    """For each sound the index of the first one with the same recording.
+
+    The package holds the same recording encoded twice (badger and beaver) and cut out of a longer one (camel and
+    dromedary), so bytes do not tell: the peak of the normalised cross-correlation does. All silences are one.
+    """
+    import numpy as np
+    import soundfile
+    import soxr
+    rate, window = 4000, 1 << 16  # 16 s; correlations are of twice that length, so nothing wraps round
+    spectra, first, silent = [], [], []
+    for i, path in enumerate(sounds):
+        try:
+            waveform, sound_rate = soundfile.read(path, dtype="float32", always_2d=True)
+            waveform = soxr.resample(waveform.mean(1), sound_rate, rate)[:window]
+        except soundfile.SoundFileError:
+            waveform = np.zeros(1, np.float32)  # broken: the reader of the manifest judges it
+        norm = float(np.linalg.norm(waveform))
+        spectra.append(np.fft.rfft(waveform / max(norm, 1e-3), 2 * window).astype(np.complex64))
+        if norm < 1e-3:
+            silent.append(i)
+        peaks = [np.abs(np.fft.irfft(spectrum * spectra[i].conj())).max() for spectrum in spectra[:i]]
+        matches = {first[j] for j in range(i) if peaks[j] > 0.6 or (norm < 1e-3 and j in silent)}
+        first.append(min(matches, default=i))
+        first = [first[i] if k in matches else k for k in first]
+    return first
+
+
 def split_of(content: bytes) -> str:
-    """70 % train, 15 % val, 15 % test by the sound's own bytes, so stamps that share a sound share a split."""
+    """70 % train, 15 % val, 15 % test by the bytes of a recording's first sound, so that its stamps share a split."""
     place = hashlib.sha256(content).digest()[0] / 256
     return "train" if place < 0.70 else "val" if place < 0.85 else "test"
 
 
 def render_svg(path: Path, size: int) -> bytes:
-    """An SVG as PNG bytes with its transparency, `size` pixels wide."""
+    """An SVG as PNG bytes with its transparency, `size` pixels on its longer side."""
     import resvg_py
-    return bytes(resvg_py.svg_to_bytes(svg_string=path.read_text("utf-8"), width=size))
+    return bytes(resvg_py.svg_to_bytes(svg_path=str(path), width=size, height=size, skip_system_fonts=True))
 
 
 def make_tuxpaint(args: argparse.Namespace) -> None:
     """Copy each stamp that has a picture, a sound that is no speech, and a name."""
     stamps, out = Path(args.stamps), Path(args.out)
     sounds = sorted(p for p in stamps.rglob("*.ogg")
-                    if "_desc" not in p.stem and "symbols" not in p.relative_to(stamps).parts)
+                    if "_desc" not in p.stem and not p.name.startswith(SPOKEN)
+                    and "symbols" not in p.relative_to(stamps).parts)
     if not sounds:
         raise UserError(f"{stamps}: holds no stamps with sounds; install them: {APT_LINE}")
     settings = {"made_by": "tuxpaint", "size": args.size}
@@ -161,7 +204,8 @@ def make_tuxpaint(args: argparse.Namespace) -> None:
     import soundfile
     from tqdm import tqdm
     rows, kinds, rates, left_out = [], Counter(), Counter(), Counter()
-    for sound in tqdm(sounds, desc="stamps", unit="stamp"):
+    firsts = same_recording(sounds)
+    for sound, first in zip(tqdm(sounds, desc="stamps", unit="stamp"), firsts, strict=True):
         picture = next((p for p in (sound.with_suffix(s) for s in (".png", ".svg")) if p.exists()), None)
         text = sound.with_suffix(".txt")
         if picture is None or not text.exists():
@@ -170,15 +214,15 @@ def make_tuxpaint(args: argparse.Namespace) -> None:
         relative = sound.relative_to(stamps).with_suffix("")
         name = "-".join(relative.parts)
         if picture.suffix == ".svg":
-            (out / f"images/{name}.png").write_bytes(render_svg(picture, args.size))
+            write_atomic(out / f"images/{name}.png", render_svg(picture, args.size))
         else:
-            shutil.copyfile(picture, out / f"images/{name}.png")
-        shutil.copyfile(sound, out / f"audio/{name}.ogg")
+            write_atomic(out / f"images/{name}.png", picture.read_bytes())
+        write_atomic(out / f"audio/{name}.ogg", sound.read_bytes())
         kinds[picture.suffix] += 1
         rates[soundfile.info(sound).samplerate] += 1
         rows.append({"image_file_name": f"images/{name}.png", "audio_file_name": f"audio/{name}.ogg",
                      "text": text.read_text("utf-8").splitlines()[0].strip(), "label": relative.name,
-                     "split": split_of(sound.read_bytes())})
+                     "split": split_of(sounds[first].read_bytes())})
     if not rows:
         raise UserError(f"{stamps}: holds sounds but no stamps with picture and text; install them: {APT_LINE}")
     finish(out, rows, settings)
@@ -187,7 +231,7 @@ def make_tuxpaint(args: argparse.Namespace) -> None:
           f"{', '.join(f'{n} {kind}' for kind, n in sorted(kinds.items()))}; sample rates "
           f"{', '.join(f'{rate} Hz x {n}' for rate, n in sorted(rates.items()))}"
           + "".join(f"; {n} left out: {why}" for why, n in left_out.items())
-          + "). The stamps are under the GPL or freer licences: see the package's copyright file.", flush=True)
+          + "). The stamps are under the GPL-2: see the package's copyright file.", flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -297,7 +297,7 @@ def check_same_settings(path: Path, saved: dict, now: dict, allow_changed: bool)
 
 
 class StopSignal:
-    """While entered, the first SIGTERM, SIGINT or SIGHUP only sets `signum`; a second one ends the process at once."""
+    """While entered, the first SIGTERM, SIGINT or SIGHUP only sets `signum`; a later one ends the process at once."""
 
     def __enter__(self) -> StopSignal:
         self.signum, self._old = 0, {}
@@ -306,9 +306,10 @@ class StopSignal:
         return self
 
     def _handle(self, signum: int, frame) -> None:
-        if self.signum:
+        if not self.signum:
+            self.signum, self._at = signum, time.monotonic()
+        elif time.monotonic() - self._at > 1:  # one Ctrl-C can arrive twice: from the terminal and from a parent script
             os._exit(128 + signum)
-        self.signum = signum
 
     def __exit__(self, *exc) -> None:
         for signum, handler in self._old.items():

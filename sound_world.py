@@ -428,14 +428,14 @@ def class_caption(labels: tuple[str, ...], language: str = "en") -> str:
 
 SAMPLES = int(DURATION_S * SAMPLING_RATE)  # N
 TIME = np.arange(SAMPLES, dtype=np.float32) / SAMPLING_RATE  # (N,) seconds
-LOG2_HZ = np.log2(np.maximum(np.fft.rfftfreq(SAMPLES, 1 / SAMPLING_RATE), 1)).astype(np.float32)  # (N / 2 + 1,)
+LOG2_HZ = np.log2(np.maximum(np.fft.rfftfreq(SAMPLES, 1 / SAMPLING_RATE), 1)).astype(np.float32)  # (N/2+1,)
 PINK = np.where(LOG2_HZ > 5, np.exp2(-LOG2_HZ / 2), 0).astype(np.float32)  # 3 dB less an octave, from 32 Hz
 LEVEL_DB = (-38.0, -14.0)  # dBFS of a source while it sounds, at loudness 0 and 1
 BED_DB = (-75.0, -30.0)  # dBFS of the steady bed, at density 0 and 1
 
 
 def span(low: float, factor: float, value: float) -> float:
-    """`low` at value 0, `low * factor` at value 1, even steps of ratio between: how pitch and tempo are heard."""
+    """`low` at value 0, `low * factor` at value 1, even ratios between, as pitch and tempo are heard."""
     return low * factor ** value
 
 
@@ -452,7 +452,7 @@ def band(rng: np.random.Generator, centre_hz: float, octaves: float) -> np.ndarr
 
 
 def beats(rng: np.random.Generator, events_per_s: float, jitter: float) -> np.ndarray:
-    """Times in seconds, one in each period, late by up to `jitter` of it: floor(4 s * rate) or one more of them."""
+    """Times in seconds, one in each period, off its beat by up to twice `jitter` of it."""
     times = (np.arange(np.ceil(DURATION_S * events_per_s - 1e-9)) + rng.uniform(0, jitter)) / events_per_s
     return times + rng.uniform(0, jitter, times.size) / events_per_s
 
@@ -462,7 +462,8 @@ def strikes(rng: np.random.Generator, source: Source) -> np.ndarray:
     return beats(rng, source.count / DURATION_S, 0.2)
 
 
-def pulses(times: np.ndarray, attack_s: float, decay_s: float, heights: np.ndarray | None = None) -> np.ndarray:
+def pulses(times: np.ndarray, attack_s: float, decay_s: float,
+           heights: np.ndarray | None = None) -> np.ndarray:
     """Envelope (N,): at each time a rise over about `attack_s`, then an exponential fall of `decay_s`."""
     t = TIME[:min(SAMPLES, int(8 * (attack_s + decay_s) * SAMPLING_RATE))]
     shape = (1 - np.exp(-t / attack_s)) ** 2 * np.exp(-t / decay_s)
@@ -475,7 +476,7 @@ def pulses(times: np.ndarray, attack_s: float, decay_s: float, heights: np.ndarr
 
 
 def buzz(hz: float | np.ndarray, sharpness: float) -> np.ndarray:
-    """Harmonic tone (N,) of frequency `hz`, a number or (N,). `sharpness` sets how many harmonics; none alias."""
+    """Harmonic tone (N,) at `hz`, a number or (N,). `sharpness` sets how many harmonics; none alias."""
     # Phase in float64 and wrapped: float32 would lose the fine steps of late samples.
     cycles = np.cumsum(hz, dtype=np.float64) / SAMPLING_RATE if np.ndim(hz) else np.arange(SAMPLES) * (
         float(hz) / SAMPLING_RATE)
@@ -564,9 +565,9 @@ SYNTHESISERS: dict[str, Callable[[Source, np.random.Generator], np.ndarray]] = {
 
 
 def active_rms(waveform: np.ndarray) -> float:
-    """RMS of (N,) while it sounds: the power of 20 ms blocks, weighted by itself so that silence does not count.
+    """RMS of (N,) while it sounds: power of 20 ms blocks, weighted by itself so that silence does not count.
 
-    Over the whole clip five barks would be 7 dB above one; so they are as loud, and rate stays out of loudness.
+    Over the whole clip five barks would be 7 dB above one; here they are as loud: rate stays out of loudness.
     """
     power = np.mean(waveform.reshape(-1, SAMPLING_RATE // 50) ** 2, axis=1)  # (200,)
     return float(np.sqrt(np.sum(power ** 2) / np.sum(power)))
@@ -578,7 +579,7 @@ def decibels(limits: tuple[float, float], value: float) -> np.float32:
 
 
 def synthesise(state: State) -> np.ndarray:
-    """The clip of a state: (192000,) float32 in [-1, 1], mono, 48 kHz. The same state gives the same samples."""
+    """The clip of a state: (192000,) float32 in [-1, 1], mono, 48 kHz. Same state, same samples."""
     # A generator for each part: changing one source leaves the other and the bed as they were.
     waveform = decibels(BED_DB, state.density) * shaped_noise(np.random.default_rng((state.seed, 0)), PINK)
     for i, source in enumerate(state.sources, start=1):
@@ -586,4 +587,5 @@ def synthesise(state: State) -> np.ndarray:
         waveform += decibels(LEVEL_DB, source.loudness) / np.float32(active_rms(sound)) * sound
     # Levels carry meaning, so the clip is never rescaled: only peaks above 0.8 are bent, to stay below 1.
     over = np.abs(waveform) - np.float32(0.8)
-    return np.where(over > 0, np.sign(waveform) * (0.8 + 0.2 * np.tanh(over * 5)), waveform).astype(np.float32)
+    bent = np.sign(waveform) * (0.8 + 0.2 * np.tanh(over * 5))
+    return np.where(over > 0, bent, waveform).astype(np.float32)

@@ -120,6 +120,8 @@ def main(argv: list[str] | None = None) -> None:
     dims = {"audio_embed": train.embed_dim, "num_tokens": cfg.num_tokens, "width": unet.config.cross_attention_dim}
     header = runs.make_header(STAGE, settings(cfg), fingerprints, dims)
     folder.resume(objects, header, cfg.allow_changed)
+    if ema:
+        ema.to(device)  # a checkpoint is read on the CPU
     log = runs.Logger(folder.folder, cfg.log_dir, purge_step=progress.step)
     common.log_header(log, cfg, device, weights, unet, train, val, progress)
     check = common.FiniteCheck(log)

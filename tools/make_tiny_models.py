@@ -20,6 +20,7 @@ import argparse
 import json
 import math
 import shutil
+import string
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -46,8 +47,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--threads", type=Number(int, 1), default=2, help="CPU threads")
     add("--pictures", type=Number(int, 64), default=20000, help="scenes drawn for VAE, UNet and judge")
     add("--sounds", type=Number(int, 64), default=10000, help="clips synthesised for CLAP")
-    add("--vae-steps", type=Number(int, 1), default=2200, help="steps of 16 pictures")
-    add("--unet-steps", type=Number(int, 1), default=7000, help="steps of 32 latents")
+    add("--vae-steps", type=Number(int, 1), default=4400, help="steps: three quarters on 16 crops, the rest on 8 scenes")
+    add("--unet-steps", type=Number(int, 1), default=6500, help="steps of 32 latents")
     add("--clap-steps", type=Number(int, 1), default=3600, help="steps of 32 clips")
     add("--judge-steps", type=Number(int, 1), default=2500, help="steps of 64 pictures")
     add("--smoke", action="store_true", help="a few steps of each: folders and shapes only")
@@ -126,8 +127,14 @@ def train(what: str, parameters, loss_at, steps: int, learning_rate: float, ema=
 
 
 def train_tokenizer(kind, captions: list[str], vocabulary: int):
-    """A byte-level BPE of transformers' own kind, trained on the captions; a sequence is L tokens long."""
-    return kind(model_max_length=L).train_new_from_iterator(captions, vocabulary)
+    """A byte-level BPE of transformers' own kind, trained on the captions; a sequence is L tokens long.
+
+    Every byte is in the alphabet, so that a word the world never says does not end the sentence.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel
+    every = [" ".join(map(chr, range(0xAC00, 0xAC40))), " ".join(string.printable.strip())]
+    return kind(model_max_length=L).train_new_from_iterator([*captions, *every], vocabulary,
+                                                            initial_alphabet=ByteLevel.alphabet())
 
 
 def encode_text(tokenizer, captions: list[str]):
@@ -135,7 +142,7 @@ def encode_text(tokenizer, captions: list[str]):
 
 
 def make_base(out: Path, args: argparse.Namespace) -> dict:
-    """VAE (64 px -> 8 x 8 x 8), then UNet and text encoder together, on captions, a tenth of them empty."""
+    """VAE (64 px -> 16 x 16 x 4), then UNet and text encoder together, on captions, a tenth of them empty."""
     import torch
     import torch.nn.functional as F
     from diffusers import (
@@ -152,35 +159,52 @@ def make_base(out: Path, args: argparse.Namespace) -> dict:
     drawn = draw(_picture, args.seed, PICTURES, args.pictures, "scenes")
     pictures, captions = np.stack([d[0] for d in drawn]), [d[1] for d in drawn]
 
-    vae = AutoencoderKL(block_out_channels=(16, 32, 64, 128), layers_per_block=1, latent_channels=8, norm_num_groups=8,
-                        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-                        sample_size=world.IMAGE_SIZE).to(memory_format=torch.channels_last)
+    vae = AutoencoderKL(block_out_channels=(16, 32, 64), layers_per_block=1, latent_channels=4, norm_num_groups=8,
+                        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+                        sample_size=world.IMAGE_SIZE, mid_block_add_attention=False)
+    vae.to(memory_format=torch.channels_last)
+
+    def crops() -> np.ndarray:
+        """16 squares of 32 pixels, of three places the one with the most in it: the sky alone teaches little."""
+        found = []
+        for i in rng.integers(len(pictures), size=16):
+            places = [pictures[i, y:y + 32, x:x + 32] for y, x in rng.integers(33, size=(3, 2))]
+            found.append(max(places, key=lambda place: place.std()))
+        return np.stack(found)
 
     def vae_loss(step: int):
-        x = as_images(pictures[rng.integers(len(pictures), size=16)]).contiguous(memory_format=torch.channels_last)
+        whole = step >= 0.75 * args.vae_steps  # group norms see a whole scene's statistics at last
+        x = as_images(pictures[rng.integers(len(pictures), size=8)] if whole else crops())
+        x = x.contiguous(memory_format=torch.channels_last)
         posterior = vae.encode(x).latent_dist
-        y = vae.decode(posterior.sample()).sample
-        edges = sum(F.l1_loss(y.diff(dim=d), x.diff(dim=d)) for d in (2, 3))  # sharp borders, not only right colours
-        return F.l1_loss(y, x) + edges + 1e-5 * posterior.kl().mean() / posterior.mean[0].numel()
+        y = vae.decode(posterior.mean + 0.05 * torch.randn_like(posterior.mean)).sample
+        edges = sum(F.mse_loss(y.diff(dim=d), x.diff(dim=d)) for d in (2, 3))  # sharp borders, not only right colours
+        return F.mse_loss(y, x) + edges + 1e-5 * posterior.kl().mean() / posterior.mean[0].numel()
 
-    seconds = {"vae": train("VAE", vae.parameters(), vae_loss, args.vae_steps, 2e-3)}
-    vae = vae.to(memory_format=torch.contiguous_format).eval()
+    kept, seconds = out.with_name(".vae"), {}  # so that a stopped UNet does not cost the VAE
+    if (kept / "training.json").exists():
+        vae, seconds = AutoencoderKL.from_pretrained(kept), json.loads((kept / "training.json").read_text())
+    else:
+        seconds["vae"] = train("VAE", vae.parameters(), vae_loss, args.vae_steps, 2e-3)
+        vae.to(memory_format=torch.contiguous_format).save_pretrained(kept)
+        (kept / "training.json").write_text(json.dumps(seconds) + "\n")
+    vae.eval()
     with torch.inference_mode():
         latents = torch.cat([vae.encode(as_images(pictures[i:i + 64])).latent_dist.mean
-                             for i in range(0, len(pictures), 64)])  # (n, 8, 8, 8)
+                             for i in range(0, len(pictures), 64)])  # (n, 4, 16, 16)
     vae.register_to_config(scaling_factor=float(1 / latents.std()))
     latents = latents.clone() * vae.config.scaling_factor
-    vae.save_pretrained(out / "vae")  # to be looked at while the UNet trains
 
-    tokenizer = train_tokenizer(CLIPTokenizer, [c for four in captions for c in four], 1000)
+    tokenizer = train_tokenizer(CLIPTokenizer, [c for four in captions for c in four], 1200)
     text_encoder = CLIPTextModel(CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=L, projection_dim=128, bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
-    unet = UNet2DConditionModel(sample_size=8, in_channels=8, out_channels=8, block_out_channels=(64, 112),
-                                layers_per_block=1, down_block_types=("CrossAttnDownBlock2D",) * 2,
-                                up_block_types=("CrossAttnUpBlock2D",) * 2, cross_attention_dim=128,
-                                attention_head_dim=4, norm_num_groups=16)
+    unet = UNet2DConditionModel(
+        sample_size=16, in_channels=4, out_channels=4, block_out_channels=(32, 64, 128), layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=128,
+        attention_head_dim=4, norm_num_groups=16)
     scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False,
                               set_alpha_to_one=False, steps_offset=1)
     noiser = DDPMScheduler.from_config(scheduler.config)
@@ -296,7 +320,7 @@ def make_judge(out: Path, args: argparse.Namespace) -> dict:
 # --- the report -----------------------------------------------------------------------------------------------------------
 
 class Judge:
-    """Zero-shot judgement of pictures by the judge's own folder, as evaluate does it."""
+    """Zero-shot judgement of pictures, from the judge's own folder."""
 
     def __init__(self, folder: Path):
         from transformers import AutoTokenizer, SiglipImageProcessorPil, SiglipModel
@@ -385,7 +409,7 @@ def measure(out: Path, args: argparse.Namespace, seconds: dict) -> dict:
 
     size = sum(p.stat().st_size for p in out.rglob("*.safetensors"))
     return {
-        "vae": {"n": n, "psnr_db": psnr, "l1": float(error.abs().mean()), "latents": "8 x 8 x 8 from 64 px"},
+        "vae": {"n": n, "psnr_db": psnr, "l1": float(error.abs().mean()), "latents": "16 x 16 x 4 from 64 px"},
         "text_to_image": {"n": len(wanted), "right": float(np.mean(list(by_class.values()))), "by_class": by_class,
                           "pairs_n": len(asked), "pairs_both_found": both_found(made_pairs, asked),
                           "guidance": 5.0, "steps": 25},

@@ -1,0 +1,102 @@
+"""Long proofs, run by `bash run_tests.sh -m slow`: every stage killed at random steps, and SD 1.5's real shapes."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+
+import pytest
+import torch
+from conftest import interrupt_sweep, ok, script, write_config
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("stage", (1, 2, 3))
+def test_killed_and_terminated_at_three_random_steps_each(stage, config, run, tmp_path):
+    steps = random.Random(stage).sample(range(1, 10), 3)
+    interrupt_sweep(steps, [signal.SIGTERM, signal.SIGKILL], stage, config, run, tmp_path)
+
+
+def make_sd15(folder) -> None:
+    """Stable Diffusion 1.5 and larger_clap's shapes from their published configs, with random weights."""
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import (
+        ClapConfig,
+        ClapFeatureExtractor,
+        ClapModel,
+        CLIPTextConfig,
+        CLIPTextModel,
+        CLIPTokenizer,
+    )
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+    vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
+                        up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, sample_size=512)
+    tokenizer = CLIPTokenizer(model_max_length=77).train_new_from_iterator(["a photo of a dog barking"], 400)
+    text_encoder = CLIPTextModel(CLIPTextConfig(
+        vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+        projection_dim=768, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id))
+    scheduler = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True,
+                              set_alpha_to_one=False, steps_offset=1)
+    StableDiffusionPipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
+                            safety_checker=None, feature_extractor=None, requires_safety_checker=False
+                            ).save_pretrained(folder / "base")
+    audio = dict(spec_size=256, num_mel_bins=64, patch_embeds_hidden_size=128, hidden_size=1024, depths=[2, 2, 12, 2],
+                 num_attention_heads=[4, 8, 16, 32], enable_fusion=False)
+    ClapModel(ClapConfig(text_config=dict(num_hidden_layers=1), audio_config=audio, projection_dim=512)).save_pretrained(
+        folder / "clap")
+    ClapFeatureExtractor(feature_size=64, sampling_rate=48000, hop_length=480, max_length_s=10, fft_window_size=1024,
+                         truncation="rand_trunc", padding="repeatpad", frequency_min=50, frequency_max=14000
+                         ).save_pretrained(folder / "clap")
+    assert sum(p.numel() for p in unet.parameters()) == 859_520_964
+
+
+def test_sd15_config_fits_the_real_shapes(world, tmp_path):
+    """configs/sd15.json itself, with paths, sizes and step counts given as flags: two steps of each stage, 64 px."""
+    make_sd15(tmp_path)
+    flags = ["--config", "configs/sd15.json", "--run", tmp_path / "run", "--data-root", world, "--cache-dir",
+             tmp_path / "cache", "--base-model", tmp_path / "base", "--clap-model", tmp_path / "clap", "--image-size", 64,
+             "--batch-size", 1, "--steps", 2, "--val-clips", 2, "--val-draws", 1, "--samples", 1, "--workers", 0]
+    for stage in (1, 2, 3):
+        ok(script(f"train_stage{stage}.py", *flags))
+        result = json.loads((tmp_path / f"run/stage{stage}/result.json").read_text())
+        print(f"stage {stage}: peak memory {result['peak_memory_mb']['rss']:.0f} MB, {result['seconds']:.1f} s for 2 steps")
+        assert result["steps"] == 2 and result["stock_difference"] < 1e-4
+    from safetensors import safe_open
+    with safe_open(tmp_path / "run/stage3/adapter.safetensors", "pt") as file:
+        shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
+    assert shapes["image_proj.proj.0.weight"] == [1024, 512] and shapes["image_proj.proj.2.weight"] == [8 * 768, 1024]
+    assert sum("to_k_ip" in key for key in shapes) == 16 and shapes["ip_adapter.1.to_k_ip.weight"] == [320, 768]
+    assert sum("to_q_lora.down" in key for key in shapes) == 32 and shapes["ip_adapter.0.to_q_lora.down.weight"] == [8, 320]
+
+
+def test_sounds_make_the_right_pictures_after_a_short_stage_1(tmp_path):
+    """150 steps on 400 sounds: the judge names the pictures of held-out sounds, and not those of silence."""
+    import sys
+
+    from conftest import BASE, ROOT
+    sys.path.insert(0, str(ROOT / "tools"))
+    from make_tiny_models import Judge
+
+    import features
+    import sound_world
+    import stock
+    ok(script("prepare_data.py", "world", "--out", tmp_path / "world", "--train", 400, "--val", 40, "--test", 60))
+    config = write_config(tmp_path / "c.json", tmp_path / "world", tmp_path / "run", tmp_path / "cache", batch_size=16)
+    ok(script("train_stage1.py", "--config", config, "--steps", 150, "--validate-every", 0, "--save-every", 150))
+    [cache] = (tmp_path / "cache").iterdir()
+    test = features.AudioImageDataset(tmp_path / "world", "test", cache)
+    single = [i for i, row in enumerate(test.rows) if "+" not in row["label"]][:40]
+    embeds = torch.stack([test[i]["audio_embeds"][0] for i in single])
+    pipe = stock.load_stock_pipeline(BASE, tmp_path / "run/stage1/adapter.safetensors")
+    judge = Judge(ROOT / "assets/tiny/judge")
+    names = [sound_world.class_caption((label,)) for label in sound_world.CLASSES]
+    truth = torch.tensor([sound_world.CLASSES.index(test.rows[i]["label"]) for i in single])
+    right = {}
+    for sound, given in (("right", embeds), ("silence", torch.zeros_like(embeds)), ("other", embeds.roll(1, 0))):
+        made = stock.pictures(pipe, given, [""] * len(single), 5.0, 15, list(range(len(single))))
+        right[sound] = float((judge.logits(made, names).argmax(1) == truth).float().mean())
+    print(right)
+    assert right["right"] >= 0.7 and right["silence"] <= 0.3 and right["other"] <= 0.3
