@@ -34,7 +34,7 @@ def resolve_model(name: str, what: str, parts: tuple[str, ...] = ("",)) -> Path:
         UserError: the folder is missing or lacks a part, or the hub cannot be reached and has left no copy here.
     """
     patterns = [f"{part}/*" if part else "*" for part in parts] + ["model_index.json"]
-    skip = ["*.bin", "*.ckpt", "*.msgpack", "*.h5", "*.onnx", "*fp16*", "*non_ema*"]
+    skip = [*([] if parts == ("",) else ["*.bin"]), "*.ckpt", "*.msgpack", "*.h5", "*.onnx", "*fp16*", "*non_ema*"]
     folder = Path(name)
     if not folder.exists() and name.count("/") == 1 and not name.startswith((".", "/", "~")):
         import huggingface_hub  # only a hub name needs it
@@ -57,11 +57,21 @@ def resolve_model(name: str, what: str, parts: tuple[str, ...] = ("",)) -> Path:
             if not (folder / part / needed).exists():
                 raise UserError(f"{what} {name!r}: {folder / part / needed} is missing; expected a folder as "
                                 "from_pretrained loads it, or a hub name OWNER/NAME")
+        if part not in ("tokenizer", "scheduler") and not _weights(folder / part):
+            raise UserError(f"{what} {name!r}: {folder / part} holds no weights (*.safetensors or *.bin); expected a "
+                            "folder as from_pretrained loads it")
     return folder
 
 
 def _needed(part: str) -> tuple[str, ...]:
     return {"tokenizer": ("tokenizer_config.json",), "scheduler": ("scheduler_config.json",)}.get(part, ("config.json",))
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The weight files that from_pretrained would load: safetensors before bin, no variants."""
+    kinds = ([p for p in sorted(folder.glob(kind)) if not any(v in p.name for v in ("fp16", "non_ema"))]
+             for kind in ("*.safetensors", "*.bin"))
+    return next((files for files in kinds if files), [])
 
 
 def fingerprint(model_dir: Path) -> str:
@@ -70,7 +80,7 @@ def fingerprint(model_dir: Path) -> str:
     Sampling makes 4 GB as quick as 4 MB; another training run changes every block.
     """
     digest = hashlib.sha256()
-    for path in sorted(p for p in Path(model_dir).iterdir() if p.suffix in (".json", ".txt", ".safetensors", ".bin")):
+    for path in [*sorted(p for p in Path(model_dir).iterdir() if p.suffix in (".json", ".txt")), *_weights(model_dir)]:
         size = path.stat().st_size
         if path.suffix == ".json":
             content = {k: v for k, v in json.loads(path.read_text("utf-8")).items() if not k.startswith("_")}
@@ -365,14 +375,23 @@ def interval(values: np.ndarray, seed: int = 0) -> list[float]:
     return [float(values.mean()), *(float(v) for v in np.percentile(means, [2.5, 97.5]))]
 
 
-def other_sounds(labels: list[str], audio_ids: list[str], seed: int) -> list[int]:
-    """For each clip the index of another clip: never the same recording, and of another label if there is one."""
+def other_sounds(labels: list[str | None], audio_embeds: Tensor, seed: int) -> list[int]:
+    """For each clip the index of another one: never its own recording, and with none of its labels if there is one.
+
+    labels: `a` or `a+b`; audio_embeds: (n, E) of unit length. Clips that CLAP hears alike (cosine above 0.999) count as
+    one recording, so a copy under another name is no "other".
+
+    Raises:
+        UserError: there is one recording only.
+    """
     rng, others = np.random.default_rng([seed, 77]), []
-    for label, audio in zip(labels, audio_ids):
-        different = [j for j, a in enumerate(audio_ids) if a != audio]
-        if not different:
+    alike = (audio_embeds @ audio_embeds.T > 0.999).numpy() | np.eye(len(labels), dtype=bool)
+    heard = [set((label or "").split("+")) for label in labels]
+    for i in range(len(labels)):
+        different = np.flatnonzero(~alike[i])
+        if not len(different):
             raise UserError("the validation split holds one recording only; expected at least two different ones")
-        others.append(int(rng.choice([j for j in different if labels[j] != label] or different)))
+        others.append(int(rng.choice([j for j in different if not heard[j] & heard[i]] or different)))
     return others
 
 
@@ -386,8 +405,8 @@ def validation_losses(predict, val, scheduler, device, autocast, cfg, sounds=("r
     """
     n = min(len(val), cfg.val_clips or len(val))
     rows = [val[i] for i in range(n)]
-    others = other_sounds([r["label"] for r in val.rows[:n]], [r["audio"] for r in val.rows[:n]], cfg.seed)
     right = torch.stack([row["audio_embeds"][0] for row in rows])  # (n, E)
+    others = other_sounds([row["label"] for row in val.rows[:n]], right, cfg.seed)
     embeds = {"right": right, "silence": torch.zeros_like(right), "other": right[others]}
     latents = torch.stack([row["latents_mean"][0] for row in rows])  # (n, C, h, w)
     part = scheduler.config.num_train_timesteps // cfg.val_draws
@@ -441,7 +460,7 @@ def log_step(log: runs.Logger, bar, cfg, progress, loss: Tensor, grad_norm: Tens
         return
     values = {"loss": float(loss), "grad_norm": float(grad_norm), **{key: float(v) for key, v in more.items()}}
     bar.set_postfix({key: f"{value:.4g}" for key, value in values.items()})
-    log.scalars(progress.step, **values, s_per_step=progress.seconds / progress.step,
+    log.scalars(progress.step, **values, s_per_step=progress.step_seconds / progress.step,
                 memory_mb=max(peak_memory_mb(device).values()))
 
 
@@ -471,16 +490,6 @@ def peak_memory_mb(device: torch.device) -> dict[str, float]:
         memory |= {"cuda_allocated": torch.cuda.max_memory_allocated() / 2 ** 20,
                    "cuda_reserved": torch.cuda.max_memory_reserved() / 2 ** 20}
     return {key: round(value, 1) for key, value in memory.items()}
-
-
-@contextmanager
-def oom_advice():
-    """Turn CUDA's out-of-memory traceback into one sentence of advice."""
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError:
-        raise RunFailed("CUDA is out of memory; the checkpoints are intact; lower --batch-size and raise --accumulation "
-                        "by the same factor, or hold the frozen models in bf16 (--frozen-dtype bf16)") from None
 
 
 def quiet_libraries() -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 SECTIONS = ("common", "stage1", "stage2", "stage3")
 EXIT_FAILED, EXIT_USER = 1, 2
+DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 class UserError(Exception):
@@ -31,8 +32,8 @@ class RunFailed(Exception):
     """The work itself failed (non-finite losses, a gate that walks away, a full disk). Exit code 1."""
 
 
-class Stopped(Exception):
-    """A signal ended the program in good order. Exit code 128 + signal number."""
+class Stopped(BaseException):
+    """A signal ended the program in good order. Exit code 128 + signal number. No library's `except Exception` eats it."""
 
     def __init__(self, signum: int, detail: str = "nothing was left half-written, the same command goes on"):
         super().__init__(f"stopped by {signal.Signals(signum).name}: {detail}")
@@ -42,8 +43,8 @@ class Stopped(Exception):
 class Number:
     """An argparse type with bounds, for flags and JSON alike: Number(int, 1), Number(float, 0, 1)."""
 
-    def __init__(self, kind: type, low: float = -math.inf, high: float = math.inf):
-        self.kind, self.low, self.high = kind, low, high
+    def __init__(self, kind: type, low: float = -math.inf, high: float = math.inf, multiple_of: int = 0):
+        self.kind, self.low, self.high, self.multiple_of = kind, low, high, multiple_of
         self.__name__ = "whole number" if kind is int else "number"
 
     def __call__(self, text: str):
@@ -59,6 +60,8 @@ class Number:
             raise argparse.ArgumentTypeError(f"got {json.dumps(value)}, expected a {self.__name__}")
         if not (math.isfinite(value) and self.low <= value <= self.high):
             raise argparse.ArgumentTypeError(f"got {value}, expected {self.range()}")
+        if self.multiple_of and value % self.multiple_of:
+            raise argparse.ArgumentTypeError(f"got {value}, expected a multiple of {self.multiple_of}")
         return self.kind(value)
 
     def range(self) -> str:
@@ -180,7 +183,7 @@ def common_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     """The flags that every stage has: places, data, device, validation, checkpoints and logs."""
     add = parser.add_argument
     # places
-    add("--config", default="configs/tiny.json", help="JSON file with sections common and %s ('' = none)" % stage)
+    add("--config", default="configs/tiny.json", help=f"JSON file with sections common and {stage} ('' = none)")
     add("--run", default="runs/tiny", help="run folder; this stage writes into a folder of its own name inside it")
     add("--name", default=Path(sys.argv[0]).stem.removeprefix("train_") or stage,
         help="name of this stage's folder in the run (default: the script's name without train_)")
@@ -190,7 +193,7 @@ def common_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     add("--clap-model", default="assets/tiny/clap", help="CLAP model: folder or hub name")
     add("--log-dir", default="", help="folder for TensorBoard's files ('' = inside the stage's folder)")
     # data
-    add("--image-size", type=Number(int, 8, 4096), default=64, help="side of the training pictures in pixels")
+    add("--image-size", type=Number(int, 8, 4096, multiple_of=8), default=64, help="side of the training pictures in pixels")
     add("--windows", type=Number(int, 1, 64), default=1, help="CLAP windows taken from each clip; a step picks one")
     add("--flip", action=argparse.BooleanOptionalAction, default=False, help="mirror half of the pictures")
     add("--max-bad-share", type=Number(float, 0, 1), default=0.01, help="share of unusable rows above which to stop")
@@ -248,7 +251,7 @@ def write_atomic(path: Path, content: bytes) -> None:
         os.fsync(folder)
         os.close(folder)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+        if error.errno in DISK_FULL:
             raise RunFailed(f"no space left in {path.parent}, {len(content) / 1e6:.1f} MB needed for {path.name}; free "
                             "some and run the same command again") from None
         raise RunFailed(f"{path}: cannot be written ({error.strerror})") from None
@@ -260,23 +263,46 @@ def write_json(path: Path, value) -> None:
     write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
+def stop_signals() -> list[int]:
+    """The signals that end a program in good order; a hang-up only if nohup has not asked to ignore it."""
+    hangup = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGTERM, signal.SIGINT, *hangup]
+
+
 def _raise_stopped(signum: int, frame) -> None:
     raise Stopped(signum)
 
 
 def run_main(main) -> None:
     """Call main() and turn its end into an exit code; the last line on stderr is the one sentence of the error."""
-    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for signum in stop_signals():
         signal.signal(signum, _raise_stopped)
     try:
-        code = main() or 0
-    except (UserError, RunFailed, Stopped) as error:
-        sys.stdout.flush()
-        print(f"error: {error}" if not isinstance(error, Stopped) else str(error), file=sys.stderr, flush=True)
-        code = {UserError: EXIT_USER, RunFailed: EXIT_FAILED}.get(type(error)) or 128 + error.signum
+        code, message = main() or 0, ""
+    except Stopped as error:
+        code, message = 128 + error.signum, str(error)
+    except (UserError, RunFailed) as error:
+        code, message = EXIT_USER if isinstance(error, UserError) else EXIT_FAILED, f"error: {error}"
     except BrokenPipeError:
-        code = 128 + signal.SIGPIPE
+        code, message = 128 + signal.SIGPIPE, ""
         sys.stderr.close()
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        code, message = EXIT_FAILED, f"error: no space left for {error.filename or 'the logs'}; free some and run again"
+    except RuntimeError as error:  # torch raises these two from anywhere; their names need no import of torch
+        if type(error).__name__ == "OutOfMemoryError":
+            message = ("error: the GPU is out of memory; checkpoints are intact; lower --batch-size and raise "
+                       "--accumulation by the same factor, or hold the frozen UNet in bfloat16 (--frozen-dtype bf16)")
+        elif "DataLoader worker" in str(error):
+            message = ("error: a data loading process was killed; it ran out of memory or of shared memory: use "
+                       "Docker's --shm-size=8g or --workers 0")
+        else:
+            raise
+        code = EXIT_FAILED
+    if message:
+        sys.stdout.flush()
+        print(message, file=sys.stderr, flush=True)
     sys.exit(code)
 
 

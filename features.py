@@ -30,7 +30,7 @@ from tqdm import tqdm
 from config import RunFailed, UserError, write_atomic
 from data import BadFile, BadRow, Log, Row, decode_audio, load_image, open_audio, open_image, read_manifest
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 SHARD_ROWS = 512
 
 
@@ -202,9 +202,11 @@ class _Encoders:
         sides = [self.latents(side) for side in ([images, images[..., ::-1].copy()] if flip else [images])]
         clips = [clip for _, clips, _ in decoded for clip in clips]
         embeds = torch.cat([self.clap(clips[i:i + batch_size]).cpu() for i in range(0, len(clips), batch_size)])
+        silent = torch.tensor([bool(flags) for _, _, flags in decoded])
+        embeds = embeds.unflatten(0, (len(decoded), -1)).masked_fill(silent[:, None, None], 0.0)  # the null audio
         return {"latents_mean": torch.stack([mean for mean, _ in sides], 1),  # (B, F, C, h, w)
                 "latents_std": torch.stack([std for _, std in sides], 1),
-                "audio_embeds": embeds.unflatten(0, (len(decoded), -1))}  # (B, k, E)
+                "audio_embeds": embeds}  # (B, k, E)
 
 
 def build_features(data_root: str | Path, base_model: Path, clap_model: Path, image_size: int, cache_dir: str | Path,

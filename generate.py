@@ -11,11 +11,12 @@ chunk `clap2diffusion`. A silent clip is the null audio, as in training.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 from pathlib import Path
 
-from config import Number, UserError, new_parser, run_main
+from config import Number, UserError, new_parser, read_json, run_main, write_atomic
 
 STAGES = ("stage3", "stage2", "stage1")
 
@@ -33,14 +34,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", default="out.png", help="PNG to write; with several sounds NAME-1.png, NAME-2.png, ...")
     add("--base-model", default="", help="another base model for the same adapter ('' = the one it was trained with)")
     add("--clap-model", default="", help="where the adapter's CLAP lies now ('' = where it was in training)")
-    add("--size", type=Number(int, 8, 4096), default=None, help="side in pixels (default: the size of training)")
+    add("--size", type=Number(int, 8, 4096, multiple_of=8), default=None, help="side in pixels (default: the size of training)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto = CUDA if torch sees it")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="type the models are held and run in")
     return parser
 
 
 def find_adapter(run: str) -> Path:
-    """The adapter file of a run, a stage or itself.
+    """The adapter file of a run (its last finished stage's), of a stage, or itself.
 
     Raises:
         UserError: there is none.
@@ -48,9 +49,10 @@ def find_adapter(run: str) -> Path:
     path = Path(run)
     if path.is_file():
         return path
-    for candidate in [path / "adapter.safetensors", *(path / stage / "adapter.safetensors" for stage in STAGES)]:
-        if candidate.exists():
-            return candidate
+    finished = (path / stage for stage in STAGES if (path / stage / "result.json").exists())
+    for folder in [*finished, path]:
+        if (folder / "adapter.safetensors").exists():
+            return folder / "adapter.safetensors"
     raise UserError(f"{run}: holds no adapter.safetensors; expected a run folder with a finished stage, so train first: "
                     "bash run_all_stages.sh")
 
@@ -95,11 +97,11 @@ def embed(encoder, path: str):
 
     import data
     try:
-        [waveform] = data.load_waveform(path, encoder.sampling_rate, encoder.window_s)
+        [waveform], flags = data.decode_audio(path, encoder.sampling_rate, encoder.window_s)
     except data.BadFile as error:
         raise UserError(f"{path}: {error}; give another sound file") from None
-    if not waveform.any():
-        print(f"{path}: is silent, the picture is made with the null audio", flush=True)
+    if flags:
+        print(f"{path}: is {flags[0]}, the picture is made with the null audio", flush=True)
         return torch.zeros(1, encoder.embed_dim)
     return encoder([waveform])
 
@@ -109,6 +111,8 @@ def out_paths(out: str, n: int) -> list[Path]:
     path = Path(out)
     if path.suffix.lower() != ".png":
         raise UserError(f"--out {out}: expected a name that ends in .png")
+    if path.is_dir():
+        raise UserError(f"--out {out}: is a folder; expected the name of a PNG file")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise UserError(f"--out {out}: {path.parent} is not a folder that can be written to; make it first")
     return [path] if n == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(1, n + 1)]
@@ -131,6 +135,10 @@ def main(argv: list[str] | None = None) -> None:
 
     device, _ = common.pick_device(args.device, args.precision)
     base = common.resolve_model(args.base_model or facts["base_model"], "base model", common.BASE_PARTS)
+    width = read_json(base / "unet/config.json").get("cross_attention_dim")
+    if width != facts["dims"]["width"]:
+        raise UserError(f"{base}: its cross-attention is {width} wide, {adapter_path} expects {facts['dims']['width']}; "
+                        "give a base model of the kind it was trained with")
     encoder = load_clap(args.clap_model, facts, adapter_path)
     audio_embeds = torch.cat([embed(encoder, path) for path in args.audio])  # (B, E)
     pipe = stock.load_stock_pipeline(base, adapter_path, device, common.DTYPES[args.precision])
@@ -139,12 +147,12 @@ def main(argv: list[str] | None = None) -> None:
                             args.audio_scale, args.size or facts["image_size"])
     for path, image, audio, seed in zip(paths, images, args.audio, seeds, strict=True):
         chunk = PngInfo()
-        chunk.add_text("clap2diffusion", json.dumps({**vars(args), "audio": audio, "seed": seed,
-                                                     "adapter": str(adapter_path), **facts}))
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        image.save(temporary, format="PNG", pnginfo=chunk)
-        os.replace(temporary, path)
-        print(f"{path}: {audio}" + (f" + {args.prompt!r}" if args.prompt else ""), flush=True)
+        used = {"audio": audio, "seed": seed, "adapter": str(adapter_path), "base_model": str(base)}
+        chunk.add_text("clap2diffusion", json.dumps({**vars(args), **used, "trained": facts}))
+        png = io.BytesIO()
+        image.save(png, format="PNG", pnginfo=chunk)
+        write_atomic(path, png.getvalue())
+        print(f"{path}: {audio}" + (f" + {args.prompt!r}" if args.prompt else "") + f" by {adapter_path}", flush=True)
 
 
 if __name__ == "__main__":

@@ -85,10 +85,10 @@ def make_sheet(run: Path, settings: dict, args: argparse.Namespace):
     adapter_paths = [generate.find_adapter(str(run / stage)) for stage in STAGES]
     encoder = generate.load_clap("", generate.adapter_facts(adapter_paths[-1]), adapter_paths[-1])
     waveforms = [data.load_waveform(row.audio_path, encoder.sampling_rate, encoder.window_s)[0] for row in rows]
+    audio_embeds = torch.cat([generate.embed(encoder, str(row.audio_path)) for row in rows])
     columns = [[spectrogram(encoder.extractor, waveform),
                 Image.fromarray(((data.load_image(row.image_path, settings["image_size"]).transpose(1, 2, 0) + 1) * 127.5)
                                 .round().astype("uint8"))] for row, waveform in zip(rows, waveforms, strict=True)]
-    audio_embeds = torch.cat([encoder([waveform]) for waveform in waveforms])
     sounds = [audio_embeds] * len(STAGES) + [torch.zeros_like(audio_embeds)]
     pipe = None
     for adapter_path, embeds in zip(adapter_paths + adapter_paths[-1:], sounds, strict=True):
@@ -120,8 +120,8 @@ def make_report(run: Path) -> dict:
     for stage in STAGES:
         path = run / stage / "result.json"
         if not path.exists():
-            raise UserError(f"{path}: is missing, so {stage} is not finished; run first: python train_{stage}.py "
-                            f"--run {run}")
+            raise UserError(f"{path}: is missing, so {stage} is not finished; run the command that made {run} again, "
+                            "bash run_all_stages.sh with its config and flags")
         stages[stage] = read_json(path)
     settings = {stage: read_json(run / stage / "config.json") for stage in STAGES}
     gate = stages["stage3"]

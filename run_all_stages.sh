@@ -15,7 +15,7 @@ fi
 if [ "${1-}" = "--tmux" ]; then
     shift
     command -v tmux >/dev/null || { echo "error: tmux is not installed; run this without --tmux" >&2; exit 2; }
-    tmux new-session -d -s clap2diffusion "bash run_all_stages.sh $(printf '%q ' "$@"); exec bash" || {
+    tmux new-session -d -s clap2diffusion "bash run_all_stages.sh ${*:+$(printf '%q ' "$@")}; exec bash" || {
         echo "error: a tmux session named clap2diffusion runs already; attach to it: tmux attach -t clap2diffusion" >&2
         exit 2
     }

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-from config import RunFailed, Stopped, UserError, write_atomic, write_json
+from config import RunFailed, Stopped, UserError, stop_signals, write_atomic, write_json
 
 FORMAT = 1
 
@@ -70,15 +70,19 @@ def save_checkpoint(path: Path, objects: dict, header: dict) -> None:
         raise RunFailed(f"{path}: {bad[0]} is not finite, so it was not written; the checkpoint before is good")
     header = json.loads(json.dumps(header))
     metadata = {"clap2diffusion": json.dumps({**header, "sha256": _digest(header, tensors)})}
-    # sub-tensors with storage in common (none are expected) would make safetensors refuse: clone scalars is enough
-    write_atomic(path, safetensors_bytes({k: v.clone() if v.dim() == 0 else v for k, v in tensors.items()}, metadata))
+    write_atomic(path, safetensors_bytes(tensors, metadata))
+
+
+class Broken(UserError):
+    """A checkpoint that is missing, truncated, foreign or altered."""
 
 
 def read_checkpoint(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    """Return (header, tensors) of a checkpoint whose SHA-256 is right.
+    """Return (header, tensors) of a checkpoint whose SHA-256 is right; the header still holds `sha256`.
 
     Raises:
-        UserError: missing, truncated, foreign, altered, or of an unknown format version.
+        Broken: missing, truncated, foreign or altered.
+        UserError: of an unknown format version, or the file system does not let us read it.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -86,15 +90,18 @@ def read_checkpoint(path: Path) -> tuple[dict, dict[str, Tensor]]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
         header = json.loads(metadata["clap2diffusion"])
         recorded = header.pop("sha256")
-    except (OSError, SafetensorError, KeyError, ValueError, AttributeError) as error:
-        kind = "it does not exist" if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {error}"
-        raise UserError(f"{path}: not a checkpoint of ours ({kind}); expected an unbroken safetensors file that a "
-                        "stage has written") from None
+    except FileNotFoundError:
+        raise Broken(f"{path}: does not exist; expected a checkpoint that a stage has written") from None
+    except (SafetensorError, KeyError, ValueError, AttributeError) as error:
+        raise Broken(f"{path}: not a checkpoint of ours ({type(error).__name__}: {error}); expected an unbroken "
+                     "safetensors file that a stage has written") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error}); make it readable and run the same command again") from None
     if recorded != _digest(header, tensors):
-        raise UserError(f"{path}: its content does not match its SHA-256; the file was altered, use another checkpoint")
+        raise Broken(f"{path}: its content does not match its SHA-256; the file was altered, use another checkpoint")
     if header.get("format") != FORMAT:
-        raise UserError(f"{path}: format version {header.get('format')}, expected {FORMAT}")
-    return header, tensors
+        raise UserError(f"{path}: format version {header.get('format')}, expected {FORMAT}; use the code that wrote it")
+    return {**header, "sha256": recorded}, tensors
 
 
 def load_objects(path: Path, header: dict, tensors: dict[str, Tensor], objects: dict) -> None:
@@ -119,21 +126,30 @@ def load_objects(path: Path, header: dict, tensors: dict[str, Tensor], objects: 
 # --- the run folder ---------------------------------------------------------------------------------------------------
 
 class Progress:
-    """Where a stage stands. Saved and loaded with the rest, so a resumed stage stops and decides as an unbroken one."""
+    """Where a stage stands. Saved and loaded with the rest, so a resumed stage stops and decides as an unbroken one.
+
+    `step_seconds` is the time inside steps, wall_seconds() all of a stage's time, earlier sessions included. `ended` is
+    not saved: it follows from the counters, and settings that were changed by permission must count.
+    """
 
     def __init__(self, **extra):
-        self.__dict__.update(step=0, best=None, best_step=0, bad_validations=0, first_validation=None,
-                             last_validation=None, validated_step=-1, seconds=0.0, ended="", **extra)
+        self.__dict__.update(step=0, best=None, best_step=0, to_beat=None, bad_validations=0, first_validation=None,
+                             last_validation=None, validated_step=-1, step_seconds=0.0, earlier_seconds=0.0, **extra)
+        self.ended, self._began = "", time.monotonic()
+
+    def wall_seconds(self) -> float:
+        return self.earlier_seconds + time.monotonic() - self._began
 
     def state_dict(self) -> dict:
-        return {key: json.dumps(value) for key, value in self.__dict__.items()}
+        state = {**self.__dict__, "earlier_seconds": self.wall_seconds()}
+        return {key: json.dumps(value) for key, value in state.items() if key not in ("ended", "_began")}
 
     def load_state_dict(self, state: dict) -> None:
         self.__dict__.update({key: json.loads(value) for key, value in state.items()})
 
     def validation_due(self, every: int, last: int) -> bool:
         """Before the first step, every so many steps, and at the last one; not again after a resume."""
-        due = self.step in (0, last) or (every and self.step % every == 0)
+        due = self.step == 0 or self.step >= last or (every and self.step % every == 0)
         return bool(due) and self.validated_step != self.step
 
     def record_validation(self, result: dict, metric: str, min_delta: float, log: Logger) -> bool:
@@ -147,9 +163,15 @@ class Progress:
         return self.improved(value if metric == "val_right" else -value, min_delta)
 
     def improved(self, value: float, min_delta: float) -> bool:
-        """Record a validation's deciding value (lower is better); count how many in a row brought nothing."""
-        better = self.best is None or value < self.best - min_delta
-        self.bad_validations = 0 if better else self.bad_validations + 1
+        """Record a validation's deciding value (lower is better) and return whether it is the best so far.
+
+        Early stopping counts the validations in a row that did not beat the last one that counted by min_delta.
+        """
+        if self.to_beat is None or value < self.to_beat - min_delta:
+            self.to_beat, self.bad_validations = value, 0
+        else:
+            self.bad_validations += 1
+        better = self.best is None or value < self.best
         if better:
             self.best, self.best_step = value, self.step
         return better
@@ -205,11 +227,22 @@ class RunFolder:
     def result(self) -> Path:
         return self.folder / "result.json"
 
-    def is_complete(self) -> bool:
-        """True, with a line, if this stage has ended: result.json is written last."""
-        if self.result.exists():
-            print(f"{self.folder}: already complete (--fresh begins anew and keeps a backup)", flush=True)
-        return self.result.exists()
+    def is_complete(self, settings: dict, init: str = "") -> bool:
+        """True, with a line, if this stage has ended: result.json is written last.
+
+        Raises:
+            UserError: it began from another result of the stage before than the one that is there now.
+        """
+        if not self.result.exists():
+            return False
+        made = json.loads(self.result.read_text("utf-8"))
+        if init and made["init"] != init:
+            raise UserError(f"{self.folder}: began from another result of the stage before than the one there now; begin "
+                            "it anew with --fresh, which keeps this one in a backup folder")
+        changed = changed_settings(json.loads((self.folder / "config.json").read_text("utf-8")), settings)
+        asked = f"; it was made with other settings than asked for now: {'; '.join(changed)}" if changed else ""
+        print(f"{self.folder}: already complete{asked} (--fresh begins anew and keeps a backup)", flush=True)
+        return True
 
     def steps(self) -> list[int]:
         return sorted(int(p.stem.removeprefix("step-")) for p in self.checkpoints.glob("step-*.safetensors"))
@@ -218,12 +251,16 @@ class RunFolder:
         return self.checkpoints / f"step-{step:08d}.safetensors"
 
     def newest_valid(self) -> tuple[Path, dict, dict[str, Tensor]] | None:
-        """The valid checkpoint of the highest step; broken ones are named and passed over."""
+        """The valid checkpoint of the highest step; broken ones are named, renamed and passed over."""
         for step in reversed(self.steps()):
+            path = self.path(step)
             try:
-                return self.path(step), *read_checkpoint(self.path(step))
-            except UserError as error:
+                return path, *read_checkpoint(path)
+            except Broken as error:
                 print(f"{error}; falling back to the one before", file=sys.stderr, flush=True)
+                path.rename(f"{path}.broken")  # so that it is not counted among the newest that are kept
+        if list(self.checkpoints.glob("*.broken")):
+            raise UserError(f"{self.checkpoints}: no checkpoint there is whole; begin anew with --fresh, which keeps them")
         return None
 
     def save(self, step: int, objects: dict, header: dict, keep: int) -> None:
@@ -236,20 +273,18 @@ class RunFolder:
             except OSError as error:
                 print(f"{self.path(old)}: could not be deleted ({error.strerror})", file=sys.stderr)
 
-
     def resume(self, objects: dict, header: dict, allow_changed: bool) -> None:
         """Load the newest valid checkpoint, if there is one, after checking that it belongs to this run."""
-        write_json(self.folder / "config.json", header["settings"])
         found = self.newest_valid()
-        if found is None:
-            return
-        path, saved, tensors = found
-        for key in ("stage", "fingerprints", "dims"):
-            if saved[key] != header[key]:
-                raise UserError(f"{path}: was made with {key} {saved[key]!r}, this run has {header[key]!r}; give another "
-                                "--run, or begin anew with --fresh")
-        check_same_settings(path, saved["settings"], header["settings"], allow_changed)
-        load_objects(path, saved, tensors, objects)
+        if found:
+            path, saved, tensors = found
+            for key in ("stage", "fingerprints", "dims", "init"):
+                if saved[key] != header[key]:
+                    raise UserError(f"{path}: was made with {key} {saved[key]!r}, this run has {header[key]!r}; give "
+                                    "another --run, or begin anew with --fresh")
+            check_same_settings(path, saved["settings"], header["settings"], allow_changed)
+            load_objects(path, saved, tensors, objects)
+        write_json(self.folder / "config.json", header["settings"])
 
     def stopped(self, signum: int, step: int) -> None:
         raise Stopped(signum, f"step {step} is saved in {self.path(step)}; the same command goes on from there")
@@ -273,14 +308,23 @@ def previous_stage(path: Path, stage: str, fingerprints: dict, command: str) -> 
     return header, tensors
 
 
-def make_header(stage: str, settings: dict, fingerprints: dict, dims: dict) -> dict:
-    """What a checkpoint says about itself, beside its objects and its step."""
-    return {"stage": stage, "settings": settings, "base_model": settings["base_model"],
-            "clap_model": settings["clap_model"], "fingerprints": fingerprints, "dims": dims}
+def make_header(stage: str, settings: dict, features: str, fingerprints: dict, dims: dict, init: str = "") -> dict:
+    """What a checkpoint says about itself, beside its objects and its step.
+
+    features: name of the feature cache, which changes with the data; init: SHA-256 of the result it began from.
+    """
+    return {"stage": stage, "settings": {**settings, "features": features}, "base_model": settings["base_model"],
+            "clap_model": settings["clap_model"], "fingerprints": fingerprints, "dims": dims, "init": init}
 
 
 FREE_SETTINGS = {"run", "name", "workers", "log_every", "save_every", "keep", "log_dir", "device", "allow_changed",
-                 "fresh", "sample_every", "samples", "max_bad_share", "cache_dir", "init_from", "cache_batch_size"}
+                 "fresh", "sample_every", "samples", "max_bad_share", "cache_dir", "init_from"}
+
+
+def changed_settings(saved: dict, now: dict) -> list[str]:
+    """The settings that are in both and differ, as `key old -> new`, but for those that may change freely."""
+    return [f"{key} {saved[key]!r} -> {now[key]!r}" for key in sorted(saved.keys() & now.keys())
+            if key not in FREE_SETTINGS and saved[key] != now[key]]
 
 
 def check_same_settings(path: Path, saved: dict, now: dict, allow_changed: bool) -> None:
@@ -289,8 +333,7 @@ def check_same_settings(path: Path, saved: dict, now: dict, allow_changed: bool)
     Raises:
         UserError: a setting differs (both values shown).
     """
-    changed = [f"{key} {saved.get(key)!r} -> {now.get(key)!r}" for key in sorted(saved.keys() | now.keys())
-               if key not in FREE_SETTINGS and saved.get(key) != now.get(key)]
+    changed = changed_settings(saved, now)
     if changed and not allow_changed:
         raise UserError(f"{path}: was made with other settings ({'; '.join(changed)}); give the old ones, begin anew with "
                         "--fresh, or go on with the new ones with --allow-changed")
@@ -301,7 +344,7 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         self.signum, self._old = 0, {}
-        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for signum in stop_signals():
             self._old[signum] = signal.signal(signum, self._handle)
         return self
 

@@ -8,8 +8,8 @@ from importlib.metadata import version
 from pip._vendor.packaging.requirements import Requirement
 assert sys.version_info >= (3, 11)
 for line in open(sys.argv[1]):
-    if line.strip() and not line.startswith("#"):
-        wanted = Requirement(line.strip())
+    if text := line.split("#")[0].strip():
+        wanted = Requirement(text)
         assert wanted.specifier.contains(version(wanted.name)), wanted
 PY
 }

@@ -132,7 +132,6 @@ def finish(folder, weights: dict, unet: nn.Module, base: Path, header: dict, val
            device) -> None:
     """Write final.safetensors and adapter.safetensors, prove the latter in a stock pipeline, write result.json last."""
     header = {**header, "step": progress.step}
-    runs.save_checkpoint(folder.final, weights, header)
     adapter_path = folder.folder / "adapter.safetensors"
     write_adapter(adapter_path, weights, unet, header)
     generator = torch.Generator().manual_seed(cfg.seed)
@@ -148,12 +147,16 @@ def finish(folder, weights: dict, unet: nn.Module, base: Path, header: dict, val
         sheet = sample_pictures(adapter_path, base, val, cfg, device)
         sheet.save(folder.folder / "samples.png")
         log.image(progress.step, "samples", sheet)
-    tanh_gate = float(torch.tanh(weights["audio_attn"].gate.detach()))
-    result = {"stage": cfg.name, "steps": progress.step, "ended": progress.ended, "seconds": round(progress.seconds, 1),
+    runs.save_checkpoint(folder.final, weights, header)  # only now: the next stage takes it for a proven result
+    memory = peak_memory_mb(device)
+    result = {"stage": cfg.name, "steps": progress.step, "ended": progress.ended, "init": header["init"],
+              "seconds": round(progress.wall_seconds(), 1), "step_seconds": round(progress.step_seconds, 1),
               "first_validation": progress.first_validation, "last_validation": progress.last_validation,
-              "tanh_gate": tanh_gate, "stock_difference": difference, "peak_memory_mb": peak_memory_mb(device), **result}
+              "tanh_gate": float(torch.tanh(weights["audio_attn"].gate.detach())), "stock_difference": difference,
+              "peak_memory_mb": memory, **result}
     write_json(folder.result, result)
     right, other = result["validation"]["val_right"], result["validation"]["other_minus_right"]
     log.text(f"{cfg.name}: done ({progress.ended}); val_right {right[0]:.5f}, another's sound costs {other[0]:+.5f} "
-             f"[{other[1]:+.5f}, {other[2]:+.5f}]")
+             f"[{other[1]:+.5f}, {other[2]:+.5f}]; peak memory "
+             + ", ".join(f"{name} {mb:.0f} MB" for name, mb in memory.items()))
     log.close()

@@ -99,12 +99,12 @@ def main(argv: list[str] | None = None) -> None:
     clap = common.resolve_model(cfg.clap_model, "CLAP model")
     fingerprints = common.fingerprints(base, clap)
     folder = runs.RunFolder(Path(cfg.run) / cfg.name, cfg.fresh)
-    if folder.is_complete():
-        return
     before_path = Path(cfg.init_from or Path(cfg.run) / "stage1") / "final.safetensors"
     before, before_tensors = runs.previous_stage(before_path, "stage1", fingerprints,
                                                  f"python train_stage1.py --config {cfg.config} --run {cfg.run}")
     num_tokens = before["dims"]["num_tokens"]
+    if folder.is_complete(settings(cfg), before["sha256"]):
+        return
     train, val = features.open_splits(cfg, base, clap, device)
 
     # frozen and trainable models
@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     objects = {**weights, "optimizer": optimizer, "progress": progress, **({"ema": ema} if ema else {})}
     dims = {"audio_embed": train.embed_dim, "num_tokens": num_tokens, "width": unet.config.cross_attention_dim,
             "lora": [cfg.lora_rank, cfg.lora_alpha]}
-    header = runs.make_header(STAGE, settings(cfg), fingerprints, dims)
+    header = runs.make_header(STAGE, settings(cfg), train.cache.name, fingerprints, dims, before["sha256"])
     folder.resume(objects, header, cfg.allow_changed)
     if ema:
         ema.to(device)  # a checkpoint is read on the CPU
@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
         with common.averaged(ema, parameters):
             return common.validate(predict, val, scheduler, device, autocast, cfg)
 
-    with runs.StopSignal() as stop, common.oom_advice(), \
+    with runs.StopSignal() as stop, \
             tqdm(total=cfg.steps, initial=progress.step, desc=cfg.name, unit="step", dynamic_ncols=True) as bar:
         while True:
             # validation, checkpoint and stopping, before the step
@@ -155,9 +155,9 @@ def main(argv: list[str] | None = None) -> None:
                 if progress.record_validation(validate(), cfg.best_metric, cfg.min_delta, log):
                     with common.averaged(ema, parameters):
                         runs.save_checkpoint(folder.best, weights, {**header, "step": step})
-                if cfg.patience and progress.bad_validations >= cfg.patience:
-                    progress.ended = f"no improvement in {cfg.patience} validations"
-            if step == cfg.steps:
+            if cfg.patience and progress.bad_validations >= cfg.patience:
+                progress.ended = f"no improvement in {cfg.patience} validations"
+            if step >= cfg.steps:
                 progress.ended = progress.ended or "all steps"
             if stop.signum or progress.ended or step % cfg.save_every == 0:
                 folder.save(step, objects, header, cfg.keep)
@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
                 if ema:
                     ema.step(parameters)
             progress.step += 1
-            progress.seconds += time.perf_counter() - began
+            progress.step_seconds += time.perf_counter() - began
             common.log_step(log, bar, cfg, progress, total, grad_norm, lr=lr_at(step, cfg), device=device)
 
     # the weights that validated best become the stage's result

@@ -87,12 +87,12 @@ def main(argv: list[str] | None = None) -> None:
     clap = common.resolve_model(cfg.clap_model, "CLAP model")
     fingerprints = common.fingerprints(base, clap)
     folder = runs.RunFolder(Path(cfg.run) / cfg.name, cfg.fresh)
-    if folder.is_complete():
-        return
     before_path = Path(cfg.init_from or Path(cfg.run) / "stage2") / "final.safetensors"
     before, before_tensors = runs.previous_stage(before_path, "stage2", fingerprints,
                                                  f"python train_stage2.py --config {cfg.config} --run {cfg.run}")
     dims = before["dims"]
+    if folder.is_complete(settings(cfg), before["sha256"]):
+        return
     train, val = features.open_splits(cfg, base, clap, device)
 
     # frozen and trainable models
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     optimizer = torch.optim.Adam(parameters, lr=cfg.learning_rate)
     progress = runs.Progress(in_window=0, away=0, sweep_before=None, sweep_after=None)
     objects = {**weights, "optimizer": optimizer, "progress": progress}
-    header = runs.make_header(STAGE, settings(cfg), fingerprints, dims)
+    header = runs.make_header(STAGE, settings(cfg), train.cache.name, fingerprints, dims, before["sha256"])
     folder.resume(objects, header, cfg.allow_changed)
     log = runs.Logger(folder.folder, cfg.log_dir, purge_step=progress.step)
     common.log_header(log, cfg, device, weights, unet, train, val, progress)
@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
         audio_attn.gate.data.copy_(kept)
         return table
 
-    with runs.StopSignal() as stop, common.oom_advice(), \
+    with runs.StopSignal() as stop, \
             tqdm(total=cfg.steps, initial=progress.step, desc=cfg.name, unit="step", dynamic_ncols=True) as bar:
         progress.sweep_before = progress.sweep_before or gate_sweep()
         while True:
@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
                 progress.ended = f"tanh(gate) in the window for {progress.in_window} steps"
             elif progress.away >= cfg.away_steps:
                 progress.ended = "the gate walked away"
-            elif step == cfg.steps:
+            elif step >= cfg.steps:
                 progress.ended = "all steps, outside the window" if not progress.in_window else "all steps"
             if progress.ended:
                 progress.sweep_after = progress.sweep_after or gate_sweep()
@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> None:
             tanh_gate = float(torch.tanh(audio_attn.gate.detach()))
             progress.in_window = progress.in_window + 1 if cfg.window_low <= tanh_gate <= cfg.window_high else 0
             progress.away = 0 if cfg.away_low <= tanh_gate <= cfg.away_high else progress.away + 1
-            progress.seconds += time.perf_counter() - began
+            progress.step_seconds += time.perf_counter() - began
             common.log_step(log, bar, cfg, progress, total, grad_norm, tanh_gate=tanh_gate, device=device)
 
     # the sweep is the evidence, whatever the verdict

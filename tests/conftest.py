@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE, CLAP = ROOT / "assets/tiny/base", ROOT / "assets/tiny/clap"
-ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
+ENV = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(ROOT)}
 
 
 def script(name: str, *args, cwd: Path = ROOT) -> subprocess.CompletedProcess:

@@ -41,6 +41,7 @@ def with_json(tmp_path: Path, text: str) -> Path:
     ('{"stage1": {"steps": null}}', ["got null"]),
     ('{"common": {"flip": "yes"}}', ["common.flip", "true or false"]),
     ('{"stage1": {"caption_drop": 1.5}}', ["got 1.5", "from 0 to 1"]),
+    ('{"common": {"image_size": 100}}', ["got 100", "multiple of 8"]),
     ('{"stage1": {"clip": NaN}}', ["NaN"]),
     ('{"stage1": {"clip": 1e999}}', ["inf"]),
     ('{"stage1": {"clip": 1, "clip": 2}}', ["'clip' stands twice"]),
@@ -140,15 +141,18 @@ def test_wrong_files_as_checkpoint_and_adapter_are_refused(config, run, world, t
     assert not marker.exists()
 
 
-def test_a_broken_newest_checkpoint_is_named_and_the_one_before_is_used(config, run, tmp_path):
+def test_broken_newest_checkpoints_are_named_and_the_one_before_is_used(config, run, tmp_path):
     shutil.copytree(run / "stage1", tmp_path / "stage1")
     for name in ("result.json", "final.safetensors", "adapter.safetensors"):
         (tmp_path / "stage1" / name).unlink()
-    newest = tmp_path / "stage1/checkpoints/step-00000010.safetensors"
+    newest, second = (tmp_path / f"stage1/checkpoints/step-000000{step}.safetensors" for step in ("10", "09"))
     newest.write_bytes(newest.read_bytes()[:1000])
+    second.write_bytes(b"")
     (tmp_path / "stage1/checkpoints/.step-00000011.safetensors.1.tmp").write_bytes(b"half")
-    done = ok(script("train_stage1.py", "--config", config, "--run", tmp_path))
-    assert str(newest) in done.stderr and "falling back" in done.stderr and "resuming at step 9" in done.stdout
+    done = ok(script("train_stage1.py", "--config", config, "--run", tmp_path, "--keep", 2))
+    assert all(str(p) in done.stderr for p in (newest, second)) and "falling back" in done.stderr
+    assert "resuming at step 6" in done.stdout  # with two broken ones above it, keeping two must not drop the good one
+    assert sorted(runs.RunFolder(tmp_path / "stage1").steps()) == [9, 10]
     assert "left by an interrupted save, removed" in done.stdout and not list(tmp_path.rglob("*.tmp"))
     import torch
     ours, unbroken = (runs.read_checkpoint(p / "stage1/final.safetensors")[1] for p in (tmp_path, run))
@@ -162,6 +166,8 @@ def test_resuming_with_other_settings_shows_both_values(config, run, tmp_path):
     user_error(script(*command, "--learning-rate", 0.5), "learning_rate 0.001 -> 0.5", "--allow-changed")
     user_error(script(*command, "--num-tokens", 4), "'num_tokens': 8", "'num_tokens': 4")
     ok(script(*command, "--learning-rate", 0.5, "--allow-changed", "--log-every", 2))
+    (tmp_path / "stage1/result.json").unlink()
+    ok(script(*command, "--learning-rate", 0.5, "--allow-changed", "--steps", 4))  # fewer than are done: it ends
 
 
 def test_a_finished_stage_is_left_alone_and_a_fresh_start_keeps_it(config, run, tmp_path):

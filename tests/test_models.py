@@ -229,14 +229,15 @@ def test_latents_are_drawn_from_the_cached_posterior():
     assert latents[latents > 0].std().item() == pytest.approx(0.1, abs=0.005)
 
 
-def test_other_is_never_the_same_recording_and_of_another_label_if_there_is_one():
-    labels, audio = ["dog", "dog", "rain", "dog"], ["a", "b", "c", "a"]
+def test_other_is_never_the_same_recording_and_shares_no_label_if_it_can_be():
+    labels, embeds = ["dog", "dog+fire", "rain", "dog", "fire"], torch.eye(5)
+    embeds[3] = embeds[0]  # the same recording under another name
     for seed in range(20):
-        others = common.other_sounds(labels, audio, seed)
-        assert others[:2] == [2, 2] and others[3] == 2 and others[2] in (0, 1, 3)
-    assert common.other_sounds(["x", "x", "x"], ["a", "a", "b"], 0)[:2] == [2, 2]
+        others = common.other_sounds(labels, embeds, seed)
+        assert others[0] in (2, 4) and others[1] == 2 and others[2] in (0, 1, 3, 4) and others[3] in (2, 4)
+    assert common.other_sounds(["x", "x", "x"], embeds[[0, 3, 2]], 0)[:2] == [2, 2]
     with pytest.raises(common.UserError, match="one recording only"):
-        common.other_sounds(["x", "x"], ["a", "a"], 0)
+        common.other_sounds(["x", "y"], embeds[[0, 3]], 0)
 
 
 def test_interval_agrees_with_scipys_bootstrap():

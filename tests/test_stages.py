@@ -167,6 +167,7 @@ def test_generate_is_what_a_user_does_in_five_lines(run, world, tmp_path):
     pictures = [Image.open(tmp_path / f"out-{i}.png") for i in (1, 2, 3)]
     facts = json.loads(pictures[1].text["clap2diffusion"])
     assert facts["audio"] == str(rain) and facts["seed"] == 8 and facts["guidance"] == 5.0
+    assert facts["trained"]["stage"] == "stage3" and facts["base_model"] == str(BASE)
 
     pipe = StableDiffusionPipeline.from_pretrained(BASE, safety_checker=None, requires_safety_checker=False)
     pipe.load_ip_adapter(str(run / "stage3"), subfolder="", weight_name="adapter.safetensors",
@@ -187,6 +188,22 @@ def _array(image):
     return np.asarray(image).astype(int)
 
 
+def test_a_silent_clip_is_the_null_audio_everywhere(config, world, run, tmp_path):
+    import soundfile
+
+    import common
+    import features
+    import generate
+    shutil.copytree(world, tmp_path / "world")
+    row = json.loads((world / "metadata.jsonl").read_text().splitlines()[0])
+    path = tmp_path / "world" / row["audio_file_name"]
+    soundfile.write(path, torch.zeros(48000).numpy(), 48000)
+    cache = features.build_features(tmp_path / "world", BASE, CLAP, 64, tmp_path / "cache", workers=0)
+    embeds = [features.AudioImageDataset(tmp_path / "world", "train", cache)[i]["audio_embeds"] for i in (0, 1)]
+    assert not embeds[0].any() and embeds[1].norm() == pytest.approx(1.0, abs=1e-4)
+    assert not generate.embed(common.CLAPAudioEncoder(CLAP), str(path)).any()
+
+
 def test_report_holds_what_was_run(run, config):
     ok(script("report.py", "--run", run, "--columns", 3, "--steps", 2))
     report = json.loads((run / "report.json").read_text())
@@ -198,6 +215,19 @@ def test_report_holds_what_was_run(run, config):
     assert report["versions"]["torch"].startswith(torch.__version__.split("+")[0]) and report["git_commit"]
     assert Image.open(run / "samples.png").size == (104 + 3 * 132, 22 + 6 * 132)
     assert "| stage3 |" in (run / "report.md").read_text()
+
+
+def test_a_stage_does_not_go_on_from_another_stage_1(config, run, tmp_path):
+    """Stage 1 trained anew under a finished, then under a half-done stage 2: both are refused until --fresh."""
+    shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/stage1")
+    command = ("--config", config, "--run", tmp_path / "run", "--samples", 0)
+    ok(script("train_stage1.py", *command, "--seed", 5))
+    for _ in range(2):
+        done = script("train_stage2.py", *command)
+        assert done.returncode == 2 and "--fresh" in done.stderr.strip().splitlines()[-1], done.stderr
+        (tmp_path / "run/stage2/result.json").unlink(missing_ok=True)
+    ok(script("train_stage2.py", *command, "--fresh", "--steps", 1))
 
 
 def test_another_small_world_makes_another_cache_and_the_same_one_is_reused(config, run, world, tmp_path):

@@ -36,6 +36,7 @@ from config import Number, new_parser, run_main  # noqa: E402
 PARTS = ("base", "clap", "judge")
 PICTURES, SOUNDS, HELD_OUT = 1000, 1001, 1002  # first part of each generator's key after the seed
 L = 32  # text tokens
+WIDTH = 0.05  # standard deviation of the VAE's posterior
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -48,9 +49,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--pictures", type=Number(int, 64), default=20000, help="scenes drawn for VAE, UNet and judge")
     add("--sounds", type=Number(int, 64), default=10000, help="clips synthesised for CLAP")
     add("--vae-steps", type=Number(int, 1), default=4400, help="steps: three quarters on 16 crops, the rest on 8 scenes")
-    add("--unet-steps", type=Number(int, 1), default=6500, help="steps of 32 latents")
+    add("--unet-steps", type=Number(int, 1), default=4800, help="steps of 32 latents")
     add("--clap-steps", type=Number(int, 1), default=3600, help="steps of 32 clips")
-    add("--judge-steps", type=Number(int, 1), default=2500, help="steps of 64 pictures")
+    add("--judge-steps", type=Number(int, 1), default=2000, help="steps of 64 pictures")
     add("--smoke", action="store_true", help="a few steps of each: folders and shapes only")
     return parser
 
@@ -177,7 +178,7 @@ def make_base(out: Path, args: argparse.Namespace) -> dict:
         x = as_images(pictures[rng.integers(len(pictures), size=8)] if whole else crops())
         x = x.contiguous(memory_format=torch.channels_last)
         posterior = vae.encode(x).latent_dist
-        y = vae.decode(posterior.mean + 0.05 * torch.randn_like(posterior.mean)).sample
+        y = vae.decode(posterior.mean + WIDTH * torch.randn_like(posterior.mean)).sample
         edges = sum(F.mse_loss(y.diff(dim=d), x.diff(dim=d)) for d in (2, 3))  # sharp borders, not only right colours
         return F.mse_loss(y, x) + edges + 1e-5 * posterior.kl().mean() / posterior.mean[0].numel()
 
@@ -186,6 +187,9 @@ def make_base(out: Path, args: argparse.Namespace) -> dict:
         vae, seconds = AutoencoderKL.from_pretrained(kept), json.loads((kept / "training.json").read_text())
     else:
         seconds["vae"] = train("VAE", vae.parameters(), vae_loss, args.vae_steps, 2e-3)
+        with torch.no_grad():  # the posterior's width is the noise the decoder was trained with, everywhere
+            vae.quant_conv.weight[4:] = 0
+            vae.quant_conv.bias[4:] = 2 * math.log(WIDTH)
         vae.to(memory_format=torch.contiguous_format).save_pretrained(kept)
         (kept / "training.json").write_text(json.dumps(seconds) + "\n")
     vae.eval()
@@ -291,6 +295,8 @@ def make_judge(out: Path, args: argparse.Namespace) -> dict:
         text_config=dict(vocab_size=len(tokenizer), max_position_embeddings=L, num_hidden_layers=2, projection_size=128,
                          pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
                          eos_token_id=tokenizer.eos_token_id, **tower)))
+    model.logit_scale.data.fill_(math.log(10))  # the paper's start: few pairs are positive, so the bias is low
+    model.logit_bias.data.fill_(-10)
     ids = encode_text(tokenizer, [c for row, both in zip(captions, plain, strict=True) for c in row + both]).view(-1, 6, L)
     kinds = sorted(set(labels))
     label_ids = np.array([kinds.index(names) for names in labels])
@@ -310,7 +316,7 @@ def make_judge(out: Path, args: argparse.Namespace) -> dict:
         loss = F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none")
         return (loss * keep).sum() / 64
 
-    seconds = train("judge", model.parameters(), judge_loss, args.judge_steps, 1e-3)
+    seconds = train("judge", model.parameters(), judge_loss, args.judge_steps, 7e-4)
     model.eval().save_pretrained(out)
     tokenizer.save_pretrained(out)
     SiglipImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(out)
