@@ -52,8 +52,9 @@ def test_what_is_trainable_gets_a_gradient_and_moves_and_nothing_else_does(stage
 
     def clip(parameters, max_norm):
         for i, p in enumerate(parameters):
-            moved = seen.setdefault(i, [p, p.detach().clone(), 0.0])
-            moved[2] = max(moved[2], float(p.grad.abs().max()) if p.grad is not None else 0.0)
+            was = seen.setdefault(i, {"first": p.detach().clone(), "gradient": 0.0, "moved": False})
+            was["gradient"] = max(was["gradient"], float(p.grad.abs().max()) if p.grad is not None else 0.0)
+            was["moved"] |= not torch.equal(p, was["first"])
         return plain(parameters, max_norm)
 
     def from_pretrained(*args, **kwargs):
@@ -70,8 +71,7 @@ def test_what_is_trainable_gets_a_gradient_and_moves_and_nothing_else_does(stage
     blocks = 2 * len([name for name in unets[0].attn_processors if name.endswith("attn2.processor")])
     lora = 2 * 4 * len(unets[0].attn_processors)
     assert len(seen) == {1: 6 + blocks, 2: 6 + blocks + lora, 3: 1}[stage]
-    for p, first, gradient in seen.values():
-        assert gradient > 0 and not torch.equal(p, first)
+    assert all(was["gradient"] > 0 and was["moved"] for was in seen.values())
     untouched = load(BASE, subfolder="unet").state_dict()
     for name, p in unets[0].named_parameters():
         if ".lora_" not in name:
@@ -144,7 +144,7 @@ def test_a_gate_that_walks_away_ends_in_a_verdict_with_the_sweep_on_disk(config,
             return runs._unflatten(header["objects"][self.name], tensors)
 
     runs.save_checkpoint(spoiled / "final.safetensors", {name: State(name) for name in header["objects"]},
-                         {k: v for k, v in header.items() if k != "objects"})
+                         {k: v for k, v in header.items() if k not in ("objects", "sha256")})
     command = ("train_stage3.py", "--config", config, "--run", tmp_path, "--init-from", spoiled, "--steps", 200,
                "--away-steps", 10, "--batch-size", 16)
     done = script(*command)
@@ -176,11 +176,11 @@ def test_generate_is_what_a_user_does_in_five_lines(run, world, tmp_path):
     embeds = encoder(data.load_waveform(dog, encoder.sampling_rate, encoder.window_s))[None]
     picture = pipe("", ip_adapter_image_embeds=[torch.cat([torch.zeros_like(embeds), embeds])], guidance_scale=5.0,
                    num_inference_steps=4, generator=torch.Generator().manual_seed(7)).images[0]
-    difference = Image.fromarray(abs(_array(picture) - _array(pictures[0])).astype("uint8"))
-    assert difference.getextrema() == ((0, 0), (0, 0), (0, 0)) or max(b for _, b in difference.getextrema()) <= 2
-
+    ok(script("generate.py", "--audio", dog, "--run", run, "--out", out, "--steps", 4, "--seed", 7))
+    assert abs(_array(picture) - _array(Image.open(out))).max() <= 1
+    assert abs(_array(picture) - _array(pictures[0])).mean() < 2  # a batch rounds otherwise, the picture is the same
     ok(script("generate.py", "--audio", rain, "--run", run, "--out", out, "--steps", 4, "--seed", 7))
-    assert abs(_array(Image.open(out)) - _array(pictures[0])).max() > 0  # another sound, same noise: another picture
+    assert abs(_array(Image.open(out)) - _array(picture)).max() > 0  # another sound, same noise: another picture
 
 
 def _array(image):

@@ -464,6 +464,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
+    made = []
     for part, make in (("base", make_base), ("clap", make_clap), ("judge", make_judge)):
         if part not in args.only:
             continue
@@ -475,8 +476,9 @@ def main(argv: list[str] | None = None) -> None:
         seconds = make(building, args)
         (building / "training.json").write_text(json.dumps(seconds) + "\n")
         building.rename(out / part)  # a part is there whole or not at all
+        made.append(part)
         print(f"{out / part}: made in {sum(seconds.values()):.0f} s of training", flush=True)
-    if all((out / part).exists() for part in PARTS):
+    if all((out / part).exists() for part in PARTS) and (made or not (out / "report.json").exists()):
         seconds = {k: v for part in PARTS for k, v in json.loads((out / part / "training.json").read_text()).items()}
         report = measure(out, args, seconds)
         (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
