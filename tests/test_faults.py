@@ -153,6 +153,7 @@ def test_broken_newest_checkpoints_are_named_and_the_one_before_is_used(config, 
     assert all(str(p) in done.stderr for p in (newest, second)) and "falling back" in done.stderr
     assert "resuming at step 6" in done.stdout  # with two broken ones above it, keeping two must not drop the good one
     assert sorted(runs.RunFolder(tmp_path / "stage1").steps()) == [9, 10]
+    assert len(list((tmp_path / "stage1/checkpoints").glob("*.broken"))) == 2
     assert "left by an interrupted save, removed" in done.stdout and not list(tmp_path.rglob("*.tmp"))
     import torch
     ours, unbroken = (runs.read_checkpoint(p / "stage1/final.safetensors")[1] for p in (tmp_path, run))
