@@ -8,7 +8,7 @@ import signal
 
 import pytest
 import torch
-from conftest import interrupt_sweep, ok, script, write_config
+from conftest import interrupt_sweep, ok, script
 
 pytestmark = pytest.mark.slow
 
@@ -70,33 +70,3 @@ def test_sd15_config_fits_the_real_shapes(world, tmp_path):
     assert shapes["image_proj.proj.0.weight"] == [1024, 512] and shapes["image_proj.proj.2.weight"] == [8 * 768, 1024]
     assert sum("to_k_ip" in key for key in shapes) == 16 and shapes["ip_adapter.1.to_k_ip.weight"] == [320, 768]
     assert sum("to_q_lora.down" in key for key in shapes) == 32 and shapes["ip_adapter.0.to_q_lora.down.weight"] == [8, 320]
-
-
-def test_sounds_make_the_right_pictures_after_a_short_stage_1(tmp_path):
-    """150 steps on 400 sounds: the judge names the pictures of held-out sounds, and not those of silence."""
-    import sys
-
-    from conftest import BASE, ROOT
-    sys.path.insert(0, str(ROOT / "tools"))
-    from make_tiny_models import Judge
-
-    import features
-    import sound_world
-    import stock
-    ok(script("prepare_data.py", "world", "--out", tmp_path / "world", "--train", 400, "--val", 40, "--test", 60))
-    config = write_config(tmp_path / "c.json", tmp_path / "world", tmp_path / "run", tmp_path / "cache", batch_size=16)
-    ok(script("train_stage1.py", "--config", config, "--steps", 150, "--validate-every", 0, "--save-every", 150))
-    [cache] = (tmp_path / "cache").iterdir()
-    test = features.AudioImageDataset(tmp_path / "world", "test", cache)
-    single = [i for i, row in enumerate(test.rows) if "+" not in row["label"]][:40]
-    embeds = torch.stack([test[i]["audio_embeds"][0] for i in single])
-    pipe = stock.load_stock_pipeline(BASE, tmp_path / "run/stage1/adapter.safetensors")
-    judge = Judge(ROOT / "assets/tiny/judge")
-    names = [sound_world.class_caption((label,)) for label in sound_world.CLASSES]
-    truth = torch.tensor([sound_world.CLASSES.index(test.rows[i]["label"]) for i in single])
-    right = {}
-    for sound, given in (("right", embeds), ("silence", torch.zeros_like(embeds)), ("other", embeds.roll(1, 0))):
-        made = stock.pictures(pipe, given, [""] * len(single), 5.0, 15, list(range(len(single))))
-        right[sound] = float((judge.logits(made, names).argmax(1) == truth).float().mean())
-    print(right)
-    assert right["right"] >= 0.7 and right["silence"] <= 0.3 and right["other"] <= 0.3
