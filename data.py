@@ -41,6 +41,7 @@ class Row:
     split: str
     id: str
     where: str = ""
+    properties: dict | None = None  # what was drawn, where the data were made (the sound world)
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,8 @@ def _row(root: Path, where: str, split: str | None, item: object) -> Row:
         split = "train" if share < 90 else "val" if share < 95 else "test"
     if split not in SPLITS:
         raise ValueError(f"split: got {split!r}, expected train, val or test")
-    return Row(image, audio, item["text"], item.get("label"), split, f"{audio_name}+{image_name}", where)
+    return Row(image, audio, item["text"], item.get("label"), split, f"{audio_name}+{image_name}", where,
+               item.get("properties") if isinstance(item.get("properties"), dict) else None)
 
 
 def read_manifest(data_root: str | Path, log: Log | None = None) -> tuple[list[Row], list[BadRow]]:
@@ -217,9 +219,9 @@ def open_audio(path: Path) -> sf.SoundFile:
     return sound
 
 
-def decode_audio(path: str | Path, sampling_rate: int, window_s: float,
-                 windows: int = 1) -> tuple[list[np.ndarray], list[str]]:
-    """load_waveform() with the flags of the clip: "silent", "cancelled by the mono mix"."""
+def decode_audio(path: str | Path, sampling_rate: int, window_s: float, windows: int = 1,
+                 start_s: float = 0.0) -> tuple[list[np.ndarray], list[str]]:
+    """load_waveform() from start_s seconds on, with the clip's flags: "silent", "cancelled by the mono mix"."""
     with open_audio(Path(path)) as sound:
         rate, total = sound.samplerate, sound.frames
         length = min(total, round(window_s * rate))
@@ -231,7 +233,8 @@ def decode_audio(path: str | Path, sampling_rate: int, window_s: float,
             sound.seek(total - 1 if sound.format != "MPEG" else int(total * 0.98) - 1)
             if not len(sound.read(1)):
                 raise BadFile(f"truncated: fewer than the header's {total} samples can be read")
-            for start in np.linspace(0, total - length, windows).round().astype(int):
+            first, last = min(round(start_s * rate), total - length), total - length
+            for start in np.linspace(first, last, windows).round().astype(int):
                 sound.seek(start)
                 blocks.append(sound.read(length, dtype=dtype, always_2d=True))  # (samples, channels)
                 if len(blocks[-1]) < length * (0.98 if sound.format == "MPEG" else 1):

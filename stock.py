@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
@@ -89,17 +91,72 @@ def check_export(adapter_path: Path, base_dir: Path, audio_proj: AudioProjection
     return difference
 
 
+@contextmanager
+def listening(unet: nn.Module, audio_embeds: Tensor, guided: bool, negative_embeds: Tensor | None = None,
+              guidance_pair: tuple[float, float] | None = None):
+    """Inside, row i of the batch that a pipeline gives its UNet hears audio_embeds[i] of (B, E).
+
+    diffusers repeats `ip_adapter_image_embeds` for each picture of a batch (it expects one image for all of them), so
+    that every picture would attend to every sound; hooks on the UNet put each sound where it belongs. `guided` says
+    that the pipeline calls with the rows [no text, text]; the first half then hears `negative_embeds` (1 or B, E), the
+    null audio if None.
+
+    guidance_pair (T, A): the rows become [no text and no audio, text alone, text and audio], and both halves of the
+    answer are no + T * (text - no) + A * (both - text) (InstructPix2Pix, Brooks et al. 2023, eq. 3), so that the
+    pipeline's own guidance, no + g * (text - no), changes nothing.
+    """
+    sounds = audio_embeds[:, None].to(unet.device, unet.dtype)  # (B, 1, E)
+    silence = torch.zeros_like(sounds)
+    if negative_embeds is not None:
+        silence = silence + negative_embeds[:, None].to(sounds)
+    embeds = torch.cat([silence] * (2 if guidance_pair else int(guided)) + [sounds])
+
+    def before(unet, args, kwargs):
+        if guidance_pair:
+            no_text, text = kwargs["encoder_hidden_states"].chunk(2)
+            latents = args[0].chunk(2)[0]
+            args = (torch.cat([latents] * 3), *args[1:])
+            kwargs["encoder_hidden_states"] = torch.cat([no_text, text, text])
+        return args, {**kwargs, "added_cond_kwargs": {"image_embeds": [embeds]}}
+
+    def after(unet, args, output):
+        if guidance_pair:
+            no, text, both = output[0].chunk(3)
+            pred = no + guidance_pair[0] * (text - no) + guidance_pair[1] * (both - text)
+            return (torch.cat([pred, pred]),)
+
+    hooks = [unet.register_forward_pre_hook(before, with_kwargs=True), unet.register_forward_hook(after)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 @torch.inference_mode()
 def pictures(pipe, audio_embeds: Tensor, prompts: list[str], guidance: float, steps: int, seeds: list[int],
-             audio_scale: float = 1.0, size: int | None = None) -> list:
-    """Pictures (PIL) from audio_embeds (B, E), one a sound, by the stock pipeline; the null audio is the zero vector."""
+             audio_scale: float = 1.0, size: int | None = None, negative_embeds: Tensor | None = None,
+             guidance_pair: tuple[float, float] | None = None, init_image: np.ndarray | None = None,
+             strength: float = 0.6) -> list:
+    """Pictures (PIL) from audio_embeds (B, E), one a sound, by the stock pipeline; the null audio is the zero vector.
+
+    negative_embeds (1 or B, E): what the unconditional half hears instead of the null audio.
+    guidance_pair (T, A): guidance of text and sound apart, instead of `guidance`; see listening().
+    init_image (3, size, size) in [-1, 1]: begin with it, noised by `strength`, in the stock image-to-image pipeline.
+    """
     pipe.set_ip_adapter_scale(audio_scale)
-    embeds = audio_embeds[:, None].to(pipe.device, pipe.unet.dtype)  # (B, 1, E)
-    if guidance > 1:
-        embeds = torch.cat([torch.zeros_like(embeds), embeds])
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return pipe(prompts, ip_adapter_image_embeds=[embeds], guidance_scale=guidance, num_inference_steps=steps,
-                generator=generators, height=size, width=size).images
+    call = {"guidance_scale": 2.0 if guidance_pair else guidance, "num_inference_steps": steps,
+            "generator": [torch.Generator().manual_seed(seed) for seed in seeds]}
+    if init_image is None:
+        call |= {"height": size, "width": size}
+    else:
+        from diffusers import StableDiffusionImg2ImgPipeline
+        pipe = StableDiffusionImg2ImgPipeline.from_pipe(pipe, dtype=pipe.unet.dtype)  # its default casts to float32
+        pipe.set_progress_bar_config(disable=True)
+        image = torch.from_numpy(init_image / 2 + 0.5)  # the pipeline expects [0, 1]
+        call |= {"image": image.expand(len(seeds), -1, -1, -1), "strength": strength}
+    with listening(pipe.unet, audio_embeds, call["guidance_scale"] > 1, negative_embeds, guidance_pair):
+        return pipe(prompts, **call).images
 
 
 def sample_pictures(adapter_path: Path, base: Path, val, cfg, device, steps: int = 25, guidance: float = 5.0):

@@ -163,7 +163,7 @@ def test_generate_is_what_a_user_does_in_five_lines(run, world, tmp_path):
     dog, rain = (next(world / row["audio_file_name"] for row in rows if row["label"] == label)
                  for label in ("dog_barking", "rain"))
     out = tmp_path / "out.png"
-    ok(script("generate.py", "--audio", dog, rain, dog, "--run", run, "--out", out, "--steps", 4, "--seed", 7))
+    ok(script("generate.py", "--audio", dog, rain, dog, "--each", "--run", run, "--out", out, "--steps", 4, "--seed", 7))
     pictures = [Image.open(tmp_path / f"out-{i}.png") for i in (1, 2, 3)]
     facts = json.loads(pictures[1].text["clap2diffusion"])
     assert facts["audio"] == str(rain) and facts["seed"] == 8 and facts["guidance"] == 5.0
@@ -178,7 +178,7 @@ def test_generate_is_what_a_user_does_in_five_lines(run, world, tmp_path):
                    num_inference_steps=4, generator=torch.Generator().manual_seed(7)).images[0]
     ok(script("generate.py", "--audio", dog, "--run", run, "--out", out, "--steps", 4, "--seed", 7))
     assert abs(_array(picture) - _array(Image.open(out))).max() <= 1
-    assert abs(_array(picture) - _array(pictures[0])).mean() < 2  # a batch rounds otherwise, the picture is the same
+    assert abs(_array(picture) - _array(pictures[0])).max() <= 1  # a batch rounds otherwise, the picture is the same
     ok(script("generate.py", "--audio", rain, "--run", run, "--out", out, "--steps", 4, "--seed", 7))
     assert abs(_array(Image.open(out)) - _array(picture)).max() > 0  # another sound, same noise: another picture
 

@@ -1,0 +1,452 @@
+"""generate.py's sound algebra and attention.py, against pictures and predictions made by hand on the small models."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import BASE, CLAP, ENV, ROOT, ok, script
+from PIL import Image
+
+import attention
+import common
+import generate
+import stock
+from config import UserError
+
+RATE = 48000
+
+
+@pytest.fixture(scope="session")
+def sounds(tmp_path_factory) -> dict[str, Path]:
+    """A siren (4 s), rain (2 s), an engine (4 s), silence (1 s) and a long file (11 s), as float WAV at CLAP's rate."""
+    rng, t = np.random.default_rng(0), np.arange(4 * RATE) / RATE
+    waves = {"siren": 0.6 * np.sin(2 * np.pi * (900 * t + 60 * np.sin(2 * np.pi * t))),
+             "rain": 0.5 * np.clip(rng.standard_normal(2 * RATE) / 3, -1, 1),
+             "engine": 0.8 * np.sign(np.sin(2 * np.pi * 55 * t)) * (np.sin(2 * np.pi * 11 * t) > 0),
+             "silence": np.zeros(RATE)}
+    waves["long"] = np.concatenate([waves["siren"], waves["rain"], waves["engine"], waves["silence"]])
+    place = tmp_path_factory.mktemp("sounds")
+    return {name: write(place / f"{name}.wav", wave) for name, wave in waves.items()}
+
+
+def write(path: Path, wave: np.ndarray) -> Path:
+    soundfile.write(path, wave.astype(np.float32), RATE, subtype="FLOAT")
+    return path
+
+
+def write_adapter(path: Path, strength: float) -> Path:
+    """An adapter that nobody trained, without LoRA, loud enough that every sound makes another picture."""
+    from diffusers import UNet2DConditionModel
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel.from_pretrained(BASE, subfolder="unet")
+    audio_proj = common.AudioProjectionMLP(512, unet.config.cross_attention_dim)
+    audio_attn = common.AudioAttentionAdapter(unet, strength)
+    for to_v in audio_attn.to_v:
+        to_v.weight.data *= 3
+    header = {"stage": "by hand", "step": 0, "base_model": str(BASE), "clap_model": str(CLAP),
+              "fingerprints": common.fingerprints(BASE, CLAP), "dims": {"width": unet.config.cross_attention_dim},
+              "settings": {"image_size": 64}}
+    stock.write_adapter(path, {"audio_proj": audio_proj, "audio_attn": audio_attn}, unet, header)
+    return path
+
+
+@pytest.fixture(scope="session")
+def adapter(tmp_path_factory) -> Path:
+    return write_adapter(tmp_path_factory.mktemp("adapter") / "adapter.safetensors", 0.4)
+
+
+@pytest.fixture
+def draw(adapter, tmp_path, monkeypatch):
+    """draw("a.wav", ...) runs generate.main and returns the picture of --out; models are loaded once for all tests."""
+    monkeypatch.setattr(generate, "load_clap", lambda *_: encoder())
+    monkeypatch.setattr(stock, "load_stock_pipeline", pipeline)
+
+    def run(*args, out: str = "out.png") -> np.ndarray | None:
+        generate.main(["--run", str(adapter), "--steps", "3", "--out", str(tmp_path / out), "--audio", *map(str, args)])
+        return read(tmp_path / out) if (tmp_path / out).exists() else None
+
+    return run
+
+
+@cache
+def encoder():
+    return common.CLAPAudioEncoder(CLAP)
+
+
+@cache
+def pipeline(base: Path, adapter_path: Path, device, dtype):
+    return LOAD(base, adapter_path, device, dtype)
+
+
+LOAD = stock.load_stock_pipeline
+
+
+def stock_pipe(adapter: Path):
+    return pipeline(BASE, adapter, torch.device("cpu"), torch.float32)
+
+
+def read(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def settings(path: Path) -> dict:
+    return json.loads(Image.open(path).text["clap2diffusion"])
+
+
+def units(*shape: int) -> torch.Tensor:
+    """Random vectors of unit length, as CLAP's are."""
+    return torch.nn.functional.normalize(torch.randn(shape, generator=torch.Generator().manual_seed(1)), dim=-1)
+
+
+def apart(a: np.ndarray, b: np.ndarray) -> int:
+    """The largest difference of two pictures, in levels of 255."""
+    return int(abs(a - b).max())
+
+
+# --- mixing and modes -----------------------------------------------------------------------------------------------
+
+def test_mix_adds_waveforms_as_air_does():
+    first, second = np.array([0.5, -0.5, 0.25]), np.array([0.2, 0.4, 0.0, 0.3, 0.1])
+    assert generate.mix([first, second], [3, 1]) == pytest.approx([0.5 + 0.2 / 3, -0.5 + 0.4 / 3, 0.25, 0.1, 0.1 / 3])
+    loud = generate.mix([first, second * 3], [1, 1])
+    assert loud == pytest.approx(np.array([1.1, 0.7, 0.25, 0.9, 0.3]) / 1.1) and loud.dtype == np.float32
+    assert generate.mix([first, second], [2, 0]) == pytest.approx(first)  # weight 0: not even its length counts
+
+
+def test_a_mix_is_the_picture_of_the_mixture_made_by_hand(draw, sounds, tmp_path):
+    siren, rain, engine = (soundfile.read(sounds[name])[0] for name in ("siren", "rain", "engine"))
+    mixture = siren + 0.5 / 0.7 * np.pad(rain, (0, len(siren) - len(rain)))
+    by_hand = draw(write(tmp_path / "hand.wav", mixture / max(1, abs(mixture).max())))
+    mixed = draw(sounds["siren"], sounds["rain"], "--weights", 0.7, 0.5)
+    assert apart(mixed, by_hand) <= 1
+    assert apart(mixed, draw(sounds["siren"], sounds["silence"], sounds["rain"], "--weights", 0.7, 9, 0.5)) == 0
+    assert apart(draw(sounds["siren"], sounds["silence"]), draw(sounds["siren"])) == 0
+    assert apart(draw(sounds["siren"], sounds["rain"]), mixed) > 0
+    loud = siren + engine
+    assert abs(loud).max() > 1
+    loud = write(tmp_path / "loud.wav", loud / abs(loud).max())
+    assert apart(draw(sounds["siren"], sounds["engine"]), draw(loud)) <= 1
+    facts = settings(tmp_path / "out.png")
+    assert facts["audio"] == str(loud) and facts["guidance"] == 5.0 and facts["audio_scale"] == 1.0
+
+
+def test_only_silence_is_the_null_audio(draw, sounds, adapter, capsys):
+    null = stock.pictures(stock_pipe(adapter), torch.zeros(1, 512), [""], 5.0, 3, [0], size=64)[0]
+    assert apart(draw(sounds["silence"], sounds["silence"]), np.asarray(null).astype(int)) == 0
+    assert "nothing is left to hear" in capsys.readouterr().out
+
+
+def test_each_sound_of_a_batch_is_heard_in_its_own_picture_only(draw, sounds, tmp_path):
+    names = ("siren", "rain", "engine")
+    assert draw(*(sounds[name] for name in names), "--each", "--seed", 5) is None
+    singles = [draw(sounds[name], "--seed", 5 + i, out="single.png") for i, name in enumerate(names)]
+    for i, name in enumerate(names):
+        path = tmp_path / f"out-{i + 1}.png"
+        assert apart(read(path), singles[i]) <= 1, name  # a batch rounds otherwise
+        assert settings(path)["audio"] == str(sounds[name]) and settings(path)["seed"] == 5 + i
+    assert apart(draw(sounds["engine"], "--seed", 5), singles[0]) > 20  # so that a mix-up would show
+
+
+def test_batches_are_small_and_change_nothing(draw, sounds, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "BATCH", 2)
+    sizes, pictures = [], stock.pictures
+    monkeypatch.setattr(stock, "pictures", lambda pipe, embeds, *args, **kw: (
+        sizes.append(len(embeds)), pictures(pipe, embeds, *args, **kw))[1])
+    draw(sounds["siren"], sounds["rain"], sounds["engine"], "--each", "--attention-map")
+    assert sizes == [2, 1]
+    for i, name in enumerate(("siren", "rain", "engine")):
+        maps = np.load(tmp_path / f"out-{i + 1}-attention.npz")
+        single = draw(sounds[name], "--seed", i, "--attention-map", out="single.png")
+        alone = np.load(tmp_path / "single-attention.npz")
+        assert apart(read(tmp_path / f"out-{i + 1}.png"), single) <= 1
+        assert np.allclose(maps["all"], alone["all"], atol=1e-3) and np.allclose(maps["total"], alone["total"], atol=1e-4)
+
+
+def test_interpolation_begins_and_ends_with_the_single_pictures(draw, sounds, tmp_path):
+    strip = draw(sounds["siren"], sounds["rain"], "--interpolate", 3, "--seed", 4)
+    parts = [read(tmp_path / f"out-{i}.png") for i in (1, 2, 3)]
+    assert strip.shape == (64, 3 * 64 + 2 * 4, 3)
+    assert all(apart(strip[:, i * 68:i * 68 + 64], part) == 0 for i, part in enumerate(parts))
+    assert [settings(tmp_path / f"out-{i}.png")["position"] for i in (1, 2, 3)] == [0, 0.5, 1]
+    assert {settings(tmp_path / f"out-{i}.png")["seed"] for i in (1, 2, 3)} == {4}
+    assert settings(tmp_path / "out.png")["interpolate"] == 3
+    assert apart(parts[0], draw(sounds["siren"], "--seed", 4)) <= 1
+    assert apart(parts[2], draw(sounds["rain"], "--seed", 4)) <= 1
+    assert apart(parts[1], parts[0]) > 5 and apart(parts[1], parts[2]) > 5
+    with pytest.raises(UserError, match="silence.wav is silent"):
+        draw(sounds["siren"], sounds["silence"], "--interpolate", 3)
+
+
+def test_slerp_keeps_unit_length_and_equal_angles():
+    first, second = units(2, 1, 512)
+    way = generate.slerp(first, second, 5)
+    assert torch.equal(way[:1], first) and torch.allclose(way[-1:], second, atol=1e-6)
+    assert torch.allclose(way.norm(dim=1), torch.ones(5), atol=1e-5)
+    steps = (way[:-1] * way[1:]).sum(1).arccos()
+    assert torch.allclose(steps, steps.mean().expand(4), atol=1e-4)
+    assert torch.equal(generate.slerp(first, first, 3), first.expand(3, -1))
+
+
+def test_storyboard_windows_begin_every_s_seconds_and_the_last_one_ends_the_file(draw, sounds, tmp_path):
+    assert generate.window_starts(11, 4, 2) == [0, 2, 4, 6, 7]
+    assert generate.window_starts(8, 4, 2) == [0, 2, 4]
+    assert generate.window_starts(3, 4, 2) == generate.window_starts(4, 4, 2) == [0]
+    assert generate.window_starts(4.3, 4, 0.1) == pytest.approx([0, 0.1, 0.2, 0.3])
+    sheet = draw(sounds["long"], "--every", 3, "--seed", 2)
+    facts = [settings(tmp_path / f"out-{i}.png") for i in range(1, 5)]
+    assert [fact["start_s"] for fact in facts] == [0, 3, 6, 7] and {fact["seed"] for fact in facts} == {2}
+    assert not (tmp_path / "out-5.png").exists() and sheet.shape == (64 + 20, 4 * 68 - 4, 3)
+    assert apart(sheet[:64, 2 * 68:2 * 68 + 64], read(tmp_path / "out-3.png")) == 0
+    assert sheet[64:].min() < 100  # the times under them
+    third = soundfile.read(sounds["long"])[0][6 * RATE:10 * RATE]
+    assert apart(read(tmp_path / "out-3.png"), draw(write(tmp_path / "cut.wav", third), "--seed", 2)) <= 1
+    assert apart(read(tmp_path / "out-3.png"), read(tmp_path / "out-2.png")) > 5
+    assert draw(sounds["rain"], "--every", 3, out="short.png").shape == (84, 64, 3)
+
+
+def test_a_sheet_wraps_into_rows():
+    images = [Image.new("RGB", (10, 10), (i, 0, 0)) for i in range(5)]
+    sheet = np.asarray(generate.tile(images, list("abcde"), columns=2))
+    assert sheet.shape == (3 * 34 - 4, 2 * 14 - 4, 3)
+    assert [sheet[i // 2 * 34, i % 2 * 14, 0] for i in range(5)] == [0, 1, 2, 3, 4]
+
+
+# --- guidance, gate, picture to begin with --------------------------------------------------------------------------
+
+def test_a_negative_sound_stands_in_the_unconditional_half(draw, sounds, adapter):
+    siren, rain = (encoder()([soundfile.read(sounds[name], dtype="float32")[0]])[None] for name in ("siren", "rain"))
+    by_hand = stock_pipe(adapter)("", ip_adapter_image_embeds=[torch.cat([rain, siren])], guidance_scale=5.0,
+                                  num_inference_steps=3, height=64, width=64,
+                                  generator=torch.Generator().manual_seed(0)).images[0]
+    picture = draw(sounds["siren"], "--negative-audio", sounds["rain"])
+    assert apart(picture, np.asarray(by_hand).astype(int)) <= 1
+    assert apart(picture, draw(sounds["siren"])) > 20
+    assert apart(draw(sounds["siren"], "--negative-audio", sounds["silence"]), draw(sounds["siren"])) == 0
+
+
+def test_two_guidances_of_one_value_are_the_plain_guidance(draw, sounds):
+    for more in ([], ["--prompt", "a fire burning"], ["--negative-audio", sounds["rain"]]):
+        plain = draw(sounds["siren"], "--guidance", 3, *more)
+        assert apart(draw(sounds["siren"], "--guidance-text", 3, "--guidance-audio", 3, *more), plain) <= 1
+    text_only = ["--guidance-text", 3, "--guidance-audio", 0, "--prompt", "a fire burning"]
+    assert apart(draw(sounds["siren"], *text_only), draw(sounds["rain"], *text_only)) == 0
+
+
+@torch.inference_mode()
+def test_two_guidances_combine_three_predictions_of_the_unet(adapter):
+    generator = torch.Generator().manual_seed(0)
+    latents, timestep = torch.randn(2, 4, 16, 16, generator=generator), torch.tensor(500)
+    no_text, text = torch.randn(2, 2, 77, 128, generator=generator)
+    negative, audio = units(2, 2, 512)
+    pipe = stock_pipe(adapter)
+    pipe.set_ip_adapter_scale(1.0)
+
+    def predict(text_tokens, audio_embeds):
+        return pipe.unet(latents, timestep, encoder_hidden_states=text_tokens,
+                         added_cond_kwargs={"image_embeds": [audio_embeds[:, None]]}, return_dict=False)[0]
+
+    for silence in (None, negative):
+        null = torch.zeros_like(audio) if silence is None else silence
+        no, alone, both = predict(no_text, null), predict(text, null), predict(text, audio)
+        with stock.listening(pipe.unet, audio, True, silence, (2.0, 7.0)):
+            pred = pipe.unet(torch.cat([latents] * 2), timestep, encoder_hidden_states=torch.cat([no_text, text]),
+                             added_cond_kwargs=None, return_dict=False)[0]
+        assert torch.equal(pred[:2], pred[2:])
+        assert torch.allclose(pred[:2], no + 2 * (alone - no) + 7 * (both - alone), atol=1e-4)
+    assert not pipe.unet._forward_hooks and not pipe.unet._forward_pre_hooks
+
+
+def test_the_gate_is_the_strength_that_the_sound_has(draw, sounds, adapter, tmp_path):
+    from diffusers import StableDiffusionPipeline
+    assert apart(draw(sounds["siren"], "--gate", 0.2), draw(sounds["siren"], "--audio-scale", 0.5)) <= 1
+    assert apart(draw(sounds["siren"], "--gate", 0.4), draw(sounds["siren"])) <= 1
+    bare = StableDiffusionPipeline.from_pretrained(BASE, safety_checker=None, requires_safety_checker=False)
+    without = bare("", guidance_scale=5.0, num_inference_steps=3, height=64, width=64,
+                   generator=torch.Generator().manual_seed(0)).images[0]
+    assert apart(draw(sounds["siren"], "--gate", 0), np.asarray(without).astype(int)) == 0
+    shut = write_adapter(tmp_path / "shut.safetensors", 0.0)
+    with pytest.raises(UserError, match="the learned gate of .* is 0"):
+        draw(sounds["siren"], "--gate", 0.2, "--run", shut)
+
+
+def test_a_picture_to_begin_with_goes_through_the_stock_pipeline(draw, sounds, adapter, tmp_path):
+    from diffusers import StableDiffusionImg2ImgPipeline
+    blocks = np.random.default_rng(1).integers(140, 256, (8, 12, 3), dtype=np.uint8)  # bright: [0, 1] and [-1, 1] differ
+    photo = Image.fromarray(blocks.repeat(8, 0).repeat(8, 1))  # 96 x 64
+    photo.save(tmp_path / "photo.png")
+    pipe = StableDiffusionImg2ImgPipeline.from_pretrained(BASE, safety_checker=None, requires_safety_checker=False)
+    pipe.load_ip_adapter(str(adapter.parent), subfolder="", weight_name=adapter.name, image_encoder_folder=None)
+    siren = encoder()([soundfile.read(sounds["siren"], dtype="float32")[0]])[None]
+    by_hand = pipe("", image=photo.crop((16, 0, 80, 64)), strength=0.7, num_inference_steps=3, guidance_scale=5.0,
+                   ip_adapter_image_embeds=[torch.cat([torch.zeros_like(siren), siren])],
+                   generator=torch.Generator().manual_seed(0)).images[0]
+    picture = draw(sounds["siren"], "--init-image", tmp_path / "photo.png", "--strength", 0.7)
+    assert apart(picture, np.asarray(by_hand).astype(int)) <= 1
+    assert apart(picture, draw(sounds["siren"], "--init-image", tmp_path / "photo.png", "--strength", 0.4)) > 20
+    draw(sounds["siren"], sounds["rain"], "--each", "--init-image", tmp_path / "photo.png", "--strength", 0.7)
+    assert apart(read(tmp_path / "out-1.png"), picture) <= 1
+    assert draw(sounds["siren"], "--init-image", tmp_path / "photo.png", "--size", 32).shape == (32, 32, 3)
+    assert draw(sounds["siren"], "--size", 96).shape == (96, 96, 3)
+
+
+def test_contradictions_are_refused_in_one_sentence_before_torch_loads(sounds, adapter, tmp_path):
+    a, b, photo = sounds["siren"], sounds["rain"], tmp_path / "photo.png"
+    Image.new("RGB", (64, 64)).save(photo)
+    (tmp_path / "broken.wav").write_text("no sound")
+    cases = [
+        ([a, b, "--weights", 1], "got 1 for 2 --audio files"), ([a, b, "--weights", 0, 0], "all are 0"),
+        ([a, b, "--weights", 1, -1], "at least 0"), ([a, b, "--weights", 1, 1, "--each"], "leave it or --each out"),
+        ([a, b, "--each", "--interpolate", 3], "not allowed with"), ([a, "--interpolate", 3], "give exactly two"),
+        ([a, b, "--interpolate", 1], "from 2 to"), ([a, b, "--every", 2], "got 2 --audio files"),
+        ([sounds["long"], "--every", 0.02], "more than 400 pictures"),
+        ([a, "--guidance-text", 3], "give both or neither"),
+        ([a, "--guidance-text", 3, "--guidance-audio", 3, "--guidance", 5], "leave it or those two out"),
+        ([a, "--negative-audio", b, "--guidance", 1], "raise it above 1"),
+        ([a, "--gate", 0.2, "--audio-scale", 1], "not allowed with"), ([a, "--strength", 0.5], "--init-image"),
+        ([a, "--init-image", photo, "--strength", 0.1, "--steps", 5], "leaves no step"),
+        ([a, "--init-image", a], "not a picture"), ([a, b, "--interpolate", 3, "--attention-map"], "--attention-map"),
+        ([a, "--every", 2, "--attention-map"], "--attention-map"),
+        ([tmp_path / "broken.wav"], "broken.wav: not a sound"),
+        ([a, "--negative-audio", tmp_path / "no.wav"], "--negative-audio"), ([a, "--out", "out.jpg"], "ends in .png"),
+    ]
+    code = """if True:
+        import json, sys, generate
+        from config import UserError
+        for args, words in json.loads(sys.argv[1]):
+            try:
+                generate.main([*args, "--run", sys.argv[2]])
+                print("was not refused:", args)
+            except UserError as error:
+                if words not in str(error) or "\\n" in str(error):
+                    print(args, error)
+        print("torch" in sys.modules)"""
+    cases = json.dumps([([str(arg) for arg in ["--audio", *args]], words) for args, words in cases])
+    done = ok(subprocess.run([sys.executable, "-c", code, cases, str(adapter)], cwd=tmp_path, env=ENV,
+                             capture_output=True, text=True))
+    assert done.stdout == "False\n", done.stdout
+
+
+# --- attention maps -------------------------------------------------------------------------------------------------
+
+def test_attention_maps_lie_beside_the_same_picture(draw, sounds, adapter, tmp_path):
+    command = [sounds["siren"], sounds["engine"], "--guidance-text", 3, "--guidance-audio", 5, "--prompt", "rain"]
+    plain = draw(*command)
+    done = ok(script("generate.py", "--run", adapter, "--steps", 3, "--out", tmp_path / "map.png", "--attention-map",
+                     "--audio", *command))
+    assert apart(read(tmp_path / "map.png"), plain) == 0 and "map-attention.png" in done.stdout
+    maps = np.load(tmp_path / "map-attention.npz")
+    assert {name: maps[name].shape for name in maps} == {"total": (8, 16, 16), "all": (16, 16), "res_8x8": (8, 8, 8),
+                                                         "res_4x4": (8, 4, 4)}
+    assert all(maps[name].dtype == np.float32 and np.isfinite(maps[name]).all() for name in maps)
+    for name in ("total", "res_8x8", "res_4x4"):
+        assert np.allclose(maps[name].sum(0), 1, atol=1e-4)  # one softmax over the tokens
+    assert maps["all"].mean() == pytest.approx(1, abs=0.05) and maps["all"].std() > 0.05
+    assert Image.open(tmp_path / "map-attention.png").size == (5 * 132 - 4, 2 * 152 - 4)
+    assert settings(tmp_path / "map-attention.png")["audio"] == [str(sounds["siren"]), str(sounds["engine"])]
+
+
+def layer(adapter: Path):
+    """The first cross-attention (8 x 8 places, 64 channels) of the stock pipeline's UNet."""
+    unet = stock_pipe(adapter).unet
+    stock_pipe(adapter).set_ip_adapter_scale(0.8)
+    return unet, unet.down_blocks[1].attentions[0].transformer_blocks[0].attn2
+
+
+@torch.inference_mode()
+def watched(adapter: Path, hidden_states: torch.Tensor, audio_embeds: torch.Tensor) -> attention.Recorder:
+    unet, attn = layer(adapter)
+    recorder = attention.Recorder(unet, audio_embeds)
+    recorder.calls = 1
+    recorder.watch("a", attn, hidden_states, unet.encoder_hid_proj([audio_embeds[:, None]])[0][:, 0])
+    return recorder
+
+
+def test_the_map_moves_exactly_as_the_features_do(adapter):
+    generator = torch.Generator().manual_seed(0)
+    features, embeds = torch.randn(1, 8, 8, 64, generator=generator), torch.randn(1, 512, generator=generator)
+    moved = features.roll((2, 3), (1, 2))
+    [still], [shifted] = (watched(adapter, x.flatten(1, 2), embeds).maps(8) for x in (features, moved))
+    for name in ("total", "all", "res_8x8"):
+        assert np.allclose(np.roll(still[name], (2, 3), (-2, -1)), shifted[name], atol=1e-5), name
+        assert not np.allclose(still[name], shifted[name], atol=1e-2), name
+    spot = torch.zeros(1, 8, 8, 64)
+    spot[0, 6, 1] = features[0, 0, 0] * 2
+    [found] = watched(adapter, spot.flatten(1, 2), embeds).maps(8)
+    assert found["all"].argmax() == 6 * 8 + 1 and found["all"][6, 1] > 10 * np.median(found["all"])
+
+
+@torch.inference_mode()
+def test_the_map_is_what_the_sound_adds_to_a_layers_output_in_the_conditional_rows(adapter):
+    """Against the module itself, called once with the sound and once with the null audio."""
+    generator = torch.Generator().manual_seed(0)
+    unet, attn = layer(adapter)
+    features, text = torch.randn(6, 64, 64, generator=generator), torch.randn(6, 77, 128, generator=generator)
+    embeds = units(2, 512)
+    everything = torch.cat([torch.randn(4, 512, generator=generator), embeds])
+    outputs = [attn(features, encoder_hidden_states=(text, unet.encoder_hid_proj([x[:, None]])))[-2:]
+               for x in (everything, torch.zeros_like(everything))]
+    added = outputs[0] - outputs[1]
+    expected = (added - added.mean(1, keepdim=True)).norm(dim=-1).view(2, 8, 8)
+    recorder = attention.Recorder(unet, embeds)
+    recorder.watch("a", attn, features, unet.encoder_hid_proj([everything[:, None]])[0][:, 0])
+    assert torch.allclose(recorder.action["a"], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_silence_acts_nowhere(adapter):
+    pipe = stock_pipe(adapter)
+    with attention.record(pipe.unet, torch.zeros(1, 512)) as recorder:
+        stock.pictures(pipe, torch.zeros(1, 512), [""], 5.0, 2, [0], size=64)
+    assert recorder.calls == 2 and not recorder.maps(16)[0]["all"].any()
+    assert not any(module._forward_hooks for module in pipe.unet.modules())
+
+
+@pytest.mark.slow
+def test_the_map_stands_where_the_drawn_object_stands(tmp_path):
+    """48 held-out sounds with a trained adapter: CLAP2DIFFUSION_RUN, or stage 1 trained here (some minutes)."""
+    from scipy.stats import rankdata, spearmanr
+    world, run = ROOT / "data/world", os.environ.get("CLAP2DIFFUSION_RUN")
+    if not run:
+        world, run = tmp_path / "world", tmp_path / "run"
+        ok(script("prepare_data.py", "world", "--out", world))
+        ok(script("train_stage1.py", "--run", run, "--data-root", world, "--cache-dir", tmp_path / "cache"))
+    rows = [json.loads(line) for line in (world / "metadata.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["split"] == "test" and "+" not in row["label"]][:48]
+    ok(script("generate.py", "--run", run, "--steps", 12, "--each", "--attention-map", "--out", tmp_path / "o.png",
+              "--audio", *(world / row["audio_file_name"] for row in rows)))
+    masks = [object_mask(read(tmp_path / f"o-{i + 1}.png")) for i in range(len(rows))]  # (16, 16) bool
+    maps = [np.load(tmp_path / f"o-{i + 1}-attention.npz")["all"] for i in range(len(rows))]
+
+    def row_of(heat: np.ndarray) -> float:
+        by_row = heat.sum(1)
+        return float((by_row * np.arange(len(by_row))).sum() / max(by_row.sum(), 1e-9))
+
+    def auc(heat: np.ndarray, mask: np.ndarray) -> float:
+        """The chance that a place in the object is hotter than one outside."""
+        ranks, n = rankdata(heat.ravel())[mask.ravel()], int(mask.sum())
+        return float((ranks.sum() - n * (n + 1) / 2) / max(n * (mask.size - n), 1))
+
+    drawn, heard = [row_of(mask) for mask in masks], [row_of(np.clip(heat - np.median(heat), 0, None)) for heat in maps]
+    order = np.random.default_rng(0).permutation(len(rows))
+    rho, shuffled = spearmanr(drawn, heard)[0], spearmanr(drawn, [heard[i] for i in order])[0]
+    inside = np.mean([auc(heat, mask) for heat, mask in zip(maps, masks, strict=True)])
+    elsewhere = np.mean([auc(maps[i], mask) for i, mask in zip(order, masks, strict=True)])
+    print(f"rho {rho:.3f}, shuffled {shuffled:.3f}; AUC {inside:.3f}, shuffled {elsewhere:.3f}")
+    assert rho > 0.7 and abs(shuffled) < 0.4
+    assert inside > 0.85 and inside > elsewhere + 0.08
+
+
+def object_mask(picture: np.ndarray) -> np.ndarray:
+    """Where a picture (64, 64, 3) differs from what stands at its left and right edge, above the ground: (16, 16)."""
+    edge = np.median(np.concatenate([picture[:, :4], picture[:, -4:]], axis=1), axis=1, keepdims=True)
+    different = abs(picture - edge).sum(2) > 90
+    different[56:] = False
+    return different.reshape(16, 4, 16, 4).mean((1, 3)) > 0.5
