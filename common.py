@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import runs
 from config import RunFailed, UserError
+from metrics import interval
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BASE_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -342,6 +343,20 @@ def diffusion_target(scheduler, latents: Tensor, noise: Tensor, timesteps: Tenso
     raise UserError(f"the base model's scheduler predicts {kind!r}; expected epsilon or v_prediction")
 
 
+def min_snr_weights(scheduler, timesteps: Tensor, gamma: float) -> Tensor:
+    """Loss weights (B,) of Min-SNR-gamma (Hang et al. 2023, arXiv 2303.09556, section 3.4); ones for gamma 0.
+
+    min(SNR, gamma) / SNR for a predicted noise, / (SNR + 1) for a predicted velocity.
+    """
+    if not gamma:
+        return torch.ones(timesteps.shape, device=timesteps.device)
+    alpha = scheduler.alphas_cumprod.to(timesteps.device, torch.float32)[timesteps]
+    snr = alpha / (1 - alpha)
+    if scheduler.config.prediction_type == "v_prediction":
+        return snr.clamp(max=gamma) / (snr + 1)
+    return (gamma / snr).clamp(max=1)  # also where the last timestep's SNR is 0
+
+
 class FiniteCheck:
     """Decides whether a step may be taken, and ends the run after three in a row that may not."""
 
@@ -368,12 +383,6 @@ class FiniteCheck:
 
 
 # --- does the sound matter: right, silence and other ---------------------------------------------------------------------
-
-def interval(values: np.ndarray, seed: int = 0) -> list[float]:
-    """[mean, low, high]: a 95 % percentile bootstrap over the clips, 2000 resamples with a fixed seed."""
-    means = values[np.random.default_rng(seed).integers(0, len(values), (2000, len(values)))].mean(1)
-    return [float(values.mean()), *(float(v) for v in np.percentile(means, [2.5, 97.5]))]
-
 
 def other_sounds(labels: list[str | None], audio_embeds: Tensor, seed: int) -> list[int]:
     """For each clip the index of another one: never its own recording, and with none of its labels if there is one.

@@ -5,6 +5,8 @@ parser's default, then the JSON file given by --config, then the command line; t
 has a section `common` that every stage reads and one section for each stage:
 
     {"common": {"base_model": "assets/tiny/base", "batch_size": 16}, "stage1": {"steps": 600}, "data": ["world"]}
+
+`data` and `evaluate` are the arguments that run_all_stages.sh gives to prepare_data.py and evaluate.py.
 """
 
 from __future__ import annotations
@@ -161,8 +163,8 @@ def parse_config(parser: argparse.ArgumentParser, section: str, argv: list[str] 
     if args.config:
         content = read_json(args.config)
         for name, values in content.items():
-            if name == "data":
-                continue  # how run_all_stages.sh makes the data; a stage has no use for it
+            if name in ("data", "evaluate"):
+                continue  # what run_all_stages.sh gives to prepare_data.py and evaluate.py; a stage has no use for it
             if name not in SECTIONS:
                 raise UserError(f"{args.config}: unknown section {name!r}; {nearest(name, SECTIONS)}")
             if not isinstance(values, dict):
@@ -314,6 +316,7 @@ def plan(argv: list[str] | None = None) -> None:
     """
     import shlex
 
+    import evaluate
     import train_stage1
     import train_stage2
     import train_stage3
@@ -342,11 +345,15 @@ def plan(argv: list[str] | None = None) -> None:
     for key in ("run", "data_root", "base_model", "clap_model", "image_size"):
         if len({getattr(cfg, key) for cfg in resolved}) > 1:
             raise UserError(f"{config}: {key} differs between the stages; set it once, in the section common")
-    data = read_json(config).get("data", [])
-    if not isinstance(data, list) or not all(isinstance(token, str) for token in data):
-        raise UserError(f"{config}: data is {json.dumps(data)}, expected a list of texts, as for prepare_data.py")
+    lists = {}
+    for key, script in (("data", "prepare_data.py"), ("evaluate", "evaluate.py")):
+        lists[key] = read_json(config).get(key, [])
+        if not isinstance(lists[key], list) or not all(isinstance(token, str) for token in lists[key]):
+            raise UserError(f"{config}: {key} is {json.dumps(lists[key])}, expected a list of texts, as for {script}")
+    evaluate.build_parser().parse_args(lists["evaluate"])
     own_data = resolved[0].origin.get("data_root") == "flag"
-    print(f"DATA=({'' if own_data else shlex.join(data)})\nRUN={shlex.quote(resolved[0].run)}")
+    print(f"DATA=({'' if own_data else shlex.join(lists['data'])})\nEVALUATE=({shlex.join(lists['evaluate'])})\n"
+          f"RUN={shlex.quote(resolved[0].run)}")
 
 
 if __name__ == "__main__":

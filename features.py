@@ -372,10 +372,6 @@ class AudioImageDataset(Dataset):
         if not self.rows:
             raise UserError(f"{data_root}: no usable row in split {split!r}; add rows with that split to the manifest")
         self.labels = sorted({row["label"] for row in self.rows if row["label"] is not None})
-        self.fingerprints = index["fingerprints"]
-        self.clap_fingerprint = self.fingerprints["clap"]
-        self.base_fingerprint = hashlib.sha256("".join(
-            self.fingerprints[name] for name in ("vae", "text_encoder", "tokenizer")).encode()).hexdigest()
         self._shards, self._pid = {}, None
         first = self[0]
         self.latent_shape = tuple(first["latents_mean"].shape[1:])  # (C, h, w)

@@ -4,7 +4,8 @@
     python prepare_data.py tuxpaint --out data/tuxpaint       # real recordings and photographs of Tux Paint's stamps
 
 A manifest has one JSON object a line: image_file_name, audio_file_name, text, label, split (train, val or test). The
-sound world adds `properties`: what was drawn, for measuring later. The same flags always give the same bytes.
+sound world adds `properties`: what was drawn, for measuring later, and labels.json: a plain caption of each label in
+English and Korean, for judging. The same flags always give the same bytes.
 """
 
 from __future__ import annotations
@@ -137,11 +138,15 @@ def make_world(args: argparse.Namespace) -> None:
     from concurrent.futures import ProcessPoolExecutor
 
     from tqdm import tqdm
+
+    import sound_world
     began = time.time()
     jobs = [(out, args.seed, index, i, labels) for index, split in enumerate(SPLITS)
             for i, labels in enumerate(plan_labels(split, getattr(args, split)))]
     with ProcessPoolExecutor(args.workers, initializer=end_with_parent, initargs=(os.getpid(),)) as pool:
         rows = list(tqdm(pool.map(make_example, jobs, chunksize=8), total=len(jobs), desc="sound world", unit="example"))
+    write_json(out / "labels.json", {label: {language: sound_world.class_caption((label,), language)
+                                             for language in ("en", "ko")} for label in sound_world.CLASSES})
     finish(out, rows, settings)
     size = sum(path.stat().st_size for path in out.rglob("*.*")) / 1e6
     print(f"{out}: {len(rows)} examples ({', '.join(f'{getattr(args, s)} {s}' for s in SPLITS)}), {size:.0f} MB, "

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Set up, make the data, train stages 1, 2 and 3, make the pictures and the report. The same command goes on where it
-# stopped; what is finished is skipped.
+# Set up, make the data, train stages 1, 2 and 3, make the pictures and the report, judge them. The same command goes on
+# where it stopped; what is finished is skipped.
 #
 #   bash run_all_stages.sh                                         # the built-in default: CPU, nothing to download
 #   bash run_all_stages.sh configs/sd15.json --data-root my_data   # flags go to every stage that knows them
@@ -57,10 +57,11 @@ run() {  # in the background, since bash only runs a trap between foreground com
 
 # every mistake in config or flags shows now, not hours later
 plan=$("$PYTHON" config.py plan "$config" "$@")
-eval "$plan"  # sets RUN, DATA (array) and STAGE1, STAGE2, STAGE3 (arrays of flags), all quoted by Python
+eval "$plan"  # sets RUN and the arrays DATA, EVALUATE, STAGE1, STAGE2, STAGE3, all quoted by Python
 
 if [ "${#DATA[@]}" -gt 0 ]; then run "$PYTHON" prepare_data.py "${DATA[@]}"; fi
 run "$PYTHON" train_stage1.py "${STAGE1[@]}"
 run "$PYTHON" train_stage2.py "${STAGE2[@]}"
 run "$PYTHON" train_stage3.py "${STAGE3[@]}"
 run "$PYTHON" report.py --run "$RUN"
+if [ "${#EVALUATE[@]}" -gt 0 ]; then run "$PYTHON" evaluate.py --run "$RUN" "${EVALUATE[@]}"; fi

@@ -294,22 +294,38 @@ def place(state: State, index: int) -> tuple[float, float, float]:
     return x, (IMAGE_SIZE - margin) + (2 * margin - IMAGE_SIZE) * source.pitch, width
 
 
+def background(density: float, horizon: int) -> np.ndarray:
+    """Sky and ground by row, (64, 3) in [0, 255]; the ground begins at row `horizon`."""
+    column = _mix(*_mix(SKY_DAY, SKY_DUSK, density), np.linspace(0, 1, IMAGE_SIZE)[:, None])
+    column[horizon:] = _mix(GROUND_DAY, GROUND_DUSK, density)
+    return column
+
+
+def draw_object(label: str, x: float, y: float, width: float, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """One object alone with its rim: colours (64, 64, 3) and mask (64, 64), both in [0, 255]."""
+    layer = Image.new("RGBA", (IMAGE_SIZE * SUPERSAMPLING,) * 2)
+    _DRAW[label](Pen(layer, x, y, width), count, np.random.default_rng(0))
+    return _sticker(Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), RIM), layer)
+
+
+def _sticker(image: Image.Image, layer: Image.Image) -> tuple[np.ndarray, np.ndarray]:
+    """Paste the supersampled objects with their rim; the picture (64, 64, 3) and where it was covered (64, 64)."""
+    objects = layer.reduce(SUPERSAMPLING)
+    covered = objects.getchannel("A").filter(ImageFilter.MaxFilter(3))
+    image.paste(RIM, mask=covered)
+    image.paste(objects, mask=objects)
+    return np.asarray(image), np.asarray(covered)
+
+
 def draw_scene(state: State) -> Image.Image:
     """Draw the state as a 64 x 64 RGB picture. The same state gives the same bytes."""
     rng = np.random.default_rng(state.seed)
-    side = IMAGE_SIZE * SUPERSAMPLING
-    horizon = IMAGE_SIZE - 9 + int(rng.integers(-1, 2))
-    column = _mix(*_mix(SKY_DAY, SKY_DUSK, state.density), np.linspace(0, 1, IMAGE_SIZE)[:, None])  # (64, 3)
-    column[horizon:] = _mix(GROUND_DAY, GROUND_DUSK, state.density)
-    pixels = np.repeat(column[:, None], IMAGE_SIZE, 1).round().astype(np.uint8)
-    image = Image.fromarray(pixels)
-    layer = Image.new("RGBA", (side, side))
+    column = background(state.density, IMAGE_SIZE - 9 + int(rng.integers(-1, 2)))
+    image = Image.fromarray(np.repeat(column[:, None], IMAGE_SIZE, 1).round().astype(np.uint8))
+    layer = Image.new("RGBA", (IMAGE_SIZE * SUPERSAMPLING,) * 2)
     for index, source in enumerate(state.sources):
         _DRAW[source.label](Pen(layer, *place(state, index)), source.count, rng)
-    objects = layer.reduce(SUPERSAMPLING)
-    image.paste(RIM, mask=objects.getchannel("A").filter(ImageFilter.MaxFilter(3)))
-    image.paste(objects, mask=objects)
-    return image
+    return Image.fromarray(_sticker(image, layer)[0])
 
 
 # The words.
@@ -353,6 +369,7 @@ PITCHES = {"en": ("very low", "low", "", "high", "very high"),
            "ko": ("아주 낮은", "낮은", "", "높은", "아주 높은")}
 RATES = {"en": ("very slow", "slow", "steady", "fast", "very fast"),
          "ko": ("아주 느린", "느린", "꾸준한", "빠른", "아주 빠른")}
+EVERY_DETAIL = 1 / 0.6  # the rarest of size, pitch, count and sky is then always said
 SKIES = {"en": ("under a clear pale sky", "by day", "in the evening", "at deep dusk"),
          "ko": ("맑은 하늘 아래", "낮에", "저녁에", "어두운 밤하늘 아래")}
 
@@ -393,11 +410,15 @@ def _describe(source: Source, language: str, rng: np.random.Generator, detail: f
     return f"{phrase}, {number} {singular if source.count == 1 else plural}"
 
 
-def caption(state: State, rng: np.random.Generator) -> str:
-    """Say in English (75 %) or Korean what is seen and heard, from bare nouns to every property."""
+def caption(state: State, rng: np.random.Generator, detail: float | None = None) -> str:
+    """Say in English (75 %) or Korean what is seen and heard, from bare nouns to every property.
+
+    `detail` is drawn if it is not given: 0 names the sources alone, 1 most properties, EVERY_DETAIL all of them.
+    """
     language = "en" if rng.random() < 0.75 else "ko"
     pair = len(state.sources) == 2
-    detail = 0.0 if rng.random() < 0.25 else float(rng.uniform(0.4, 1.0)) * (0.6 if pair else 1.0)
+    if detail is None:
+        detail = 0.0 if rng.random() < 0.25 else float(rng.uniform(0.4, 1.0)) * (0.6 if pair else 1.0)
     phrases = [_describe(source, language, rng, detail) for source in state.sources]
     sky = _level(SKIES[language], state.density) if rng.random() < 0.7 * detail else ""
     text, style = phrases[0], rng.random()

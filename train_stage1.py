@@ -38,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--weight-decay", type=Number(float, 0, 1), default=0.01, help="AdamW's weight decay (0 = none)")
     add("--warmup-steps", type=Number(int, 0), default=100, help="steps of linear warm-up before the cosine")
     add("--clip", type=Number(float, 1e-6), default=0.5, help="largest gradient norm")
+    add("--min-snr-gamma", type=Number(float, 0, 1000), default=0.0, help="gamma of Min-SNR loss weights (0 = plain loss)")
     add("--ema-decay", type=Number(float, 0, 0.999999), default=0.0, help="decay of averaged weights (0 = no EMA)")
     # stopping
     add("--best-metric", choices=("val_right", "silence_minus_right", "other_minus_right"), default="val_right",
@@ -83,7 +84,8 @@ def main(argv: list[str] | None = None) -> None:
         with autocast():
             pred = predict(noisy_latents, timesteps, text_tokens.to(device), audio_embeds.to(device))
         target = common.diffusion_target(scheduler, latents, noise, timesteps)
-        return common.mse_per_sample(pred, target).mean()
+        loss_weights = common.min_snr_weights(scheduler, timesteps, cfg.min_snr_gamma)
+        return (loss_weights * common.mse_per_sample(pred, target)).mean()
 
     def predict(noisy_latents, timesteps, text_tokens, audio_embeds) -> torch.Tensor:
         audio_tokens = audio_proj(audio_embeds)  # (B, N, D)

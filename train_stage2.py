@@ -27,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     # the adapter and LoRA
     add("--init-from", default="", help="stage 1's folder to start from ('' = RUN/stage1)")
-    add("--lora-rank", type=Number(int, 1, 1024), default=8, help="rank of LoRA's matrices")
+    add("--lora-rank", type=Number(int, 0, 1024), default=8, help="rank of LoRA's matrices (0 = no LoRA: the adapter alone)")
     add("--lora-alpha", type=Number(float, 0.01), default=32.0, help="LoRA is scaled by alpha / rank")
     add("--lora-dropout", type=Number(float, 0, 0.99), default=0.1, help="dropout on LoRA's input")
     add("--strength", type=Number(float, 0.01, 0.99), default=0.4, help="tanh(gate), pinned during this stage")
@@ -41,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--weight-decay", type=Number(float, 0, 1), default=0.01, help="AdamW's weight decay (0 = none)")
     add("--warmup-share", type=Number(float, 0, 1), default=0.1, help="share of steps in linear warm-up")
     add("--clip", type=Number(float, 1e-6), default=0.5, help="largest gradient norm")
+    add("--min-snr-gamma", type=Number(float, 0, 1000), default=0.0, help="gamma of Min-SNR loss weights (0 = plain loss)")
     add("--ema-decay", type=Number(float, 0, 0.999999), default=0.0, help="decay of averaged weights (0 = no EMA)")
     # stopping
     add("--best-metric", choices=("val_right", "silence_minus_right", "other_minus_right"), default="val_right",
@@ -87,7 +88,8 @@ def main(argv: list[str] | None = None) -> None:
         with autocast():
             pred = predict(noisy_latents, timesteps, text_tokens.to(device), audio_embeds.to(device))
         target = common.diffusion_target(scheduler, latents, noise, timesteps)
-        return common.mse_per_sample(pred, target).mean()
+        loss_weights = common.min_snr_weights(scheduler, timesteps, cfg.min_snr_gamma)
+        return (loss_weights * common.mse_per_sample(pred, target)).mean()
 
     def predict(noisy_latents, timesteps, text_tokens, audio_embeds) -> torch.Tensor:
         audio_tokens = audio_proj(audio_embeds)  # (B, N, D)
@@ -119,7 +121,8 @@ def main(argv: list[str] | None = None) -> None:
     audio_attn.attach(unet)
     runs.load_objects(before_path, before, before_tensors, {"audio_proj": audio_proj, "audio_attn": audio_attn})
     audio_attn.set_strength(cfg.strength)
-    common.add_lora(unet, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout)
+    if cfg.lora_rank:
+        common.add_lora(unet, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout)
     print(f"{cfg.name}: starts from {before_path} (step {before['step']}, {num_tokens} audio tokens)", flush=True)
 
     # optimizer and everything that is saved and loaded

@@ -60,6 +60,7 @@ def main(argv: list[str] | None = None) -> None:
 
     import common
     import features
+    import metrics
     import runs
     import stock
 
@@ -104,7 +105,8 @@ def main(argv: list[str] | None = None) -> None:
     audio_proj = common.AudioProjectionMLP(train.embed_dim, unet.config.cross_attention_dim, dims["num_tokens"])
     audio_attn = common.AudioAttentionAdapter(unet, 0.0)
     audio_attn.attach(unet)
-    common.add_lora(unet, *dims["lora"], dropout=0.0)
+    if dims["lora"][0]:
+        common.add_lora(unet, *dims["lora"], dropout=0.0)
     weights = {"audio_proj": audio_proj.to(device), "audio_attn": audio_attn.to(device),
                "lora": common.LoraWeights(unet)}
     runs.load_objects(before_path, before, before_tensors, weights)
@@ -135,7 +137,7 @@ def main(argv: list[str] | None = None) -> None:
         for strength in [i / 10 for i in range(11)]:
             audio_attn.set_strength(strength)
             losses = common.validation_losses(predict, val, scheduler, device, autocast, cfg, sounds=("right",))
-            mean, low, high = common.interval(losses["right"])
+            mean, low, high = metrics.interval(losses["right"])
             table.append({"tanh_gate": strength, "loss": mean, "low": low, "high": high})
         audio_attn.gate.data.copy_(kept)
         return table

@@ -240,12 +240,17 @@ def test_other_is_never_the_same_recording_and_shares_no_label_if_it_can_be():
         common.other_sounds(["x", "y"], embeds[[0, 3]], 0)
 
 
-def test_interval_agrees_with_scipys_bootstrap():
-    from scipy.stats import bootstrap
-    values = np.random.default_rng(1).normal(2.0, 1.0, 80)
-    mean, low, high = common.interval(values)
-    expected = bootstrap((values,), np.mean, n_resamples=5000, method="percentile", rng=0).confidence_interval
-    assert mean == pytest.approx(values.mean()) and (low, high) == pytest.approx(tuple(expected), abs=0.03)
+@pytest.mark.parametrize("prediction", ("epsilon", "v_prediction"))
+def test_min_snr_weights_are_the_papers(prediction):
+    from diffusers import DDPMScheduler
+    from diffusers.training_utils import compute_snr
+    scheduler = DDPMScheduler(prediction_type=prediction, beta_schedule="scaled_linear")
+    timesteps = torch.arange(0, 1000, 37)
+    snr = compute_snr(scheduler, timesteps).double()
+    expected = snr.clamp(max=5) / (snr if prediction == "epsilon" else snr + 1)
+    weights = common.min_snr_weights(scheduler, timesteps, 5.0)
+    assert weights.double().numpy() == pytest.approx(expected.numpy(), rel=1e-4)
+    assert (common.min_snr_weights(scheduler, timesteps, 0.0) == 1).all()
 
 
 def test_three_steps_that_are_not_finite_end_the_run():
