@@ -307,6 +307,16 @@ def draw_latents(batch: dict, generator: torch.Generator) -> Tensor:
     return mean + std * torch.randn(mean.shape, generator=generator)
 
 
+def draw_timesteps(scheduler, n: int, high_noise_share: float, generator: torch.Generator) -> Tensor:
+    """Timesteps (n,), even over the schedule but for a share that is even over its noisiest fifth."""
+    total = scheduler.config.num_train_timesteps
+    timesteps = torch.randint(total, (n,), generator=generator)
+    if not high_noise_share:
+        return timesteps
+    high = torch.randint(total - total // 5, total, (n,), generator=generator)
+    return torch.where(torch.rand(n, generator=generator) < high_noise_share, high, timesteps)
+
+
 def draw_window(batch: dict, generator: torch.Generator) -> Tensor:
     """One of each clip's k cached windows: (B, k, E) -> audio_embeds (B, E)."""
     windows = batch["audio_embeds"]

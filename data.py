@@ -318,3 +318,8 @@ def load_image(path: str | Path, size: int) -> np.ndarray:
         raise BadFile(f"truncated or damaged picture ({error})") from None
     # Contiguous: convolutions round differently for other layouts, and pickling from a worker changes the layout.
     return np.ascontiguousarray(np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / np.float32(127.5) - 1)
+
+
+def load_picture(path: str | Path, size: int) -> Image.Image:
+    """load_image() as a PIL picture, for showing and judging. Raises BadFile."""
+    return Image.fromarray(((load_image(path, size).transpose(1, 2, 0) + 1) * 127.5).round().astype(np.uint8))

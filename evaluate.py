@@ -77,17 +77,6 @@ def pick_clips(rows: list, n: int) -> list:
     return rows if not 0 < n < len(rows) else [rows[i * len(rows) // n] for i in range(n)]
 
 
-def label_captions(data_root: Path, labels: list[str]) -> dict[str, list[str]]:
-    """A plain caption of each label in each language: labels.json, else English alone, "This is a photo of LABEL."."""
-    path = data_root / "labels.json"
-    given = read_json(path) if path.exists() else {}
-    captions = {"en": [given.get(label, {}).get("en") or f"This is a photo of {label.replace('_', ' ')}."
-                       for label in labels]}
-    if all("ko" in given.get(label, {}) for label in labels):
-        captions["ko"] = [given[label]["ko"] for label in labels]
-    return captions
-
-
 class Clips:
     """The clips of one evaluation, their real pictures, and the classes the judge chooses from.
 
@@ -97,29 +86,25 @@ class Clips:
 
     def __init__(self, data_root: str, split: str, n: int, image_size: int):
         import numpy as np
-        from PIL import Image
 
         import data
-        rows, bad = data.read_manifest(data_root)
+        rows, _ = data.read_manifest(data_root)
         held_out = [row for row in rows if row.split == split]
         if not held_out:
             raise UserError(f"{data_root}: has no clip in split {split!r}; give another --split or --data-root")
         self.data_root, self.split, self.rows, self.real = Path(data_root), split, [], []
         for row in pick_clips(held_out, n):
             try:
-                pixels = data.load_image(row.image_path, image_size)  # (3, H, W) in [-1, 1]
                 data.open_audio(row.audio_path).close()
+                self.real.append(data.load_picture(row.image_path, image_size))
             except data.BadFile as error:
                 print(f"{row.where}: left out: {error}", flush=True)
                 continue
             self.rows.append(row)
-            self.real.append(Image.fromarray(((pixels.transpose(1, 2, 0) + 1) * 127.5).round().astype("uint8")))
         if len(self.rows) < 2:
             raise UserError(f"{data_root}: split {split!r} has {len(self.rows)} usable clips; expected at least 2")
-        kinds = [row.label for row in self.rows]
-        if not any(kinds):
-            kinds = [row.text for row in self.rows]
-        self.kinds = [tuple((kind or "").split("+")) for kind in kinds]
+        self.labelled = any(row.label for row in self.rows)
+        self.kinds = [tuple((row.label or "").split("+")) if self.labelled else (row.text,) for row in self.rows]
         self.classes = sorted({name for kind in self.kinds for name in kind if name})
         self.single = [i for i, kind in enumerate(self.kinds) if len(kind) == 1 and kind[0]]
         self.pairs = [i for i, kind in enumerate(self.kinds) if len(kind) == 2]
@@ -131,14 +116,11 @@ class Clips:
 
     def reference_pictures(self) -> list:
         """Other real pictures, of the train split: how far apart two sets of real pictures are."""
-        from PIL import Image
-
         import data
         found = []
         for row in self.reference:
             try:
-                pixels = data.load_image(row.image_path, self.image_size)
-                found.append(Image.fromarray(((pixels.transpose(1, 2, 0) + 1) * 127.5).round().astype("uint8")))
+                found.append(data.load_picture(row.image_path, self.image_size))
             except data.BadFile:
                 continue  # named when the features were cached
         return found
@@ -158,7 +140,27 @@ class Clips:
         return others
 
 
+def class_captions(clips: Clips) -> dict[str, list[str]]:
+    """What the judge reads of each class, by language: labels.json, else "This is a photo of LABEL." in English alone;
+    where the clips have no labels, their captions."""
+    path, labels = clips.data_root / "labels.json", clips.classes
+    if not clips.labelled:
+        return {"en": labels}
+    given = read_json(path) if path.exists() else {}
+    captions = {"en": [given.get(label, {}).get("en") or f"This is a photo of {label.replace('_', ' ')}."
+                       for label in labels]}
+    if all("ko" in given.get(label, {}) for label in labels):
+        captions["ko"] = [given[label]["ko"] for label in labels]
+    return captions
+
+
 # --- the pictures -------------------------------------------------------------------------------------------------------
+
+def open_picture(path: Path):
+    from PIL import Image
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
 
 def noise_tokens(seed: int):
     """A forward hook that replaces audio_tokens (B, N, D) by layer-normalised noise of no sound at all."""
@@ -219,7 +221,6 @@ class Subject:
         """One picture (PIL) for each of audio_embeds (m, E); a file's name tells what it was made from."""
         import io
 
-        from PIL import Image
         from tqdm import tqdm
 
         import stock
@@ -239,7 +240,7 @@ class Subject:
                     image.save(png, format="PNG")
                     write_atomic(paths[i], png.getvalue())
                 bar.update(len(chunk))
-        return [Image.open(path).convert("RGB") for path in paths]
+        return [open_picture(path) for path in paths]
 
     def clip_pictures(self, clips: Clips, others: list[int]) -> dict[str, list]:
         """The pictures of every clip with the right sound, silence and another clip's sound, from the same noise."""
@@ -263,7 +264,7 @@ class Judged:
         reference = clips.reference_pictures()
         self.reference = judge.images(reference) if reference else None
         self.names = {language: judge.captions(captions)
-                      for language, captions in label_captions(clips.data_root, clips.classes).items()}
+                      for language, captions in class_captions(clips).items()}
         self.captions = judge.captions([row.text or " ".join(kind) for row, kind in zip(clips.rows, clips.kinds)])
 
     def accuracy(self) -> dict[str, list[float]]:
@@ -475,7 +476,7 @@ def training_curves(adapter_path: Path) -> dict:
             steps.setdefault(entry["step"], {}).update(entry)
         result = read_json(folder / "result.json") if (folder / "result.json").exists() else {}
         found[stage] = {"log": [steps[step] for step in sorted(steps)],
-                        **{key: result[key] for key in ("sweep_before", "sweep_after", "tanh_gate") if key in result}}
+                        **{key: result[key] for key in ("sweep_before", "sweep_after", "tanh_gate", "window") if key in result}}
     return found
 
 
@@ -509,7 +510,7 @@ def evaluate(subject: Subject, judged: Judged, others: list[int], quick: bool) -
     found["diversity"] = diversity(judged, subject, DIVERSITY_SEEDS // 2 if quick else DIVERSITY_SEEDS)
     found["gate"] = {"tanh_gate": subject.facts["tanh_gate"], "strips": gate_strip(clips, subject)}
     seen = {sound: (embeds[sound] @ judged.names["en"].T).argmax(1) for sound in SOUNDS}
-    found["clips"] = [{"id": row.id, "label": "+".join(clips.kinds[i]), "text": row.text, "other": others[i],
+    found["clips"] = [{"id": row.id, "label": "+".join(clips.kinds[i]), "text": row.text, "other_clip": others[i],
                        "audio": str(row.audio_path), "real": str(row.image_path),
                        **{sound: {"picture": str(subject.files[sound][i]), "seen": clips.classes[seen[sound][i]]}
                           for sound in SOUNDS}}
@@ -595,9 +596,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.clips == 0 and args.quick:
         args.clips = QUICK_CLIPS
 
-    import page
-
     import common
+    import page
     import report
     from judge import Judge
     clips = Clips(data_root, args.split, args.clips, facts["image_size"])

@@ -32,7 +32,7 @@ def bootstrap(values: np.ndarray, statistic: Callable[[np.ndarray], float] | Non
 
 def summary(value: float, draws: np.ndarray) -> list[float]:
     """[value, low, high] of a bootstrap."""
-    return [value, *(float(v) for v in np.nanpercentile(draws, [2.5, 97.5]))]
+    return [value, *(float(v) for v in np.percentile(draws, [2.5, 97.5]))]
 
 
 def interval(values: np.ndarray, statistic: Callable[[np.ndarray], float] | None = None, seed: int = 0) -> list[float]:
@@ -109,11 +109,11 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 
 def spearman(pairs: np.ndarray) -> float:
-    """Spearman's rank correlation of the two columns of (n, 2); nan if one of them is constant."""
+    """Spearman's rank correlation of the two columns of (n, 2); 0 if one of them is constant: a constant follows nothing."""
     a, b = _ranks(pairs[:, 0]), _ranks(pairs[:, 1])
     a, b = a - a.mean(), b - b.mean()
     norm = math.sqrt((a @ a) * (b @ b))
-    return float(a @ b / norm) if norm else math.nan
+    return float(a @ b / norm) if norm else 0.0
 
 
 def compare(a: tuple[float, np.ndarray], b: tuple[float, np.ndarray], n: int, higher_is_better: bool = True) -> dict:
@@ -128,5 +128,5 @@ def compare(a: tuple[float, np.ndarray], b: tuple[float, np.ndarray], n: int, hi
     verdict = "no difference shown at this n"
     if low > 0 or high < 0:
         verdict = "A better" if (low > 0) == higher_is_better else "B better"
-    needed = math.ceil(n * ((1.959964 + 0.841621) * float(np.nanstd(draws)) / value) ** 2) if value else None
+    needed = math.ceil(n * ((1.959964 + 0.841621) * float(np.std(draws)) / value) ** 2) if value else None
     return {"difference": [value, low, high], "n": n, "verdict": verdict, "n_needed": needed}

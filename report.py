@@ -72,7 +72,6 @@ def contact_sheet(columns: list[list], names: list[str], row_names: list[str]):
 def make_sheet(run: Path, settings: dict, args: argparse.Namespace):
     """Generate the pictures of the contact sheet with the stock pipeline, stage by stage."""
     import torch
-    from PIL import Image
 
     import common
     import data
@@ -86,9 +85,8 @@ def make_sheet(run: Path, settings: dict, args: argparse.Namespace):
     encoder = generate.load_clap("", generate.adapter_facts(adapter_paths[-1]), adapter_paths[-1])
     waveforms = [data.load_waveform(row.audio_path, encoder.sampling_rate, encoder.window_s)[0] for row in rows]
     audio_embeds = torch.cat([generate.embed(encoder, str(row.audio_path)) for row in rows])
-    columns = [[spectrogram(encoder.extractor, waveform),
-                Image.fromarray(((data.load_image(row.image_path, settings["image_size"]).transpose(1, 2, 0) + 1) * 127.5)
-                                .round().astype("uint8"))] for row, waveform in zip(rows, waveforms, strict=True)]
+    columns = [[spectrogram(encoder.extractor, waveform), data.load_picture(row.image_path, settings["image_size"])]
+               for row, waveform in zip(rows, waveforms, strict=True)]
     sounds = [audio_embeds] * len(STAGES) + [torch.zeros_like(audio_embeds)]
     pipe = None
     for adapter_path, embeds in zip(adapter_paths + adapter_paths[-1:], sounds, strict=True):

@@ -32,6 +32,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--caption-drop", type=Number(float, 0, 1), default=0.5, help="share with the empty caption and its sound")
     add("--audio-drop", type=Number(float, 0, 1), default=0.05, help="share with its caption and the null audio")
     add("--both-drop", type=Number(float, 0, 1), default=0.05, help="share with empty caption and null audio")
+    add("--high-noise-share", type=Number(float, 0, 1), default=0.0,
+        help="share whose timestep comes from the noisiest fifth, where layout is decided (0 = all even)")
     # learning
     add("--steps", type=Number(int, 1), default=3000, help="optimizer steps")
     add("--learning-rate", type=Number(float, 0, 1), default=1e-4, help="peak learning rate of AdamW")
@@ -76,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         """DDPM's simple loss (Ho et al. 2020, eq. 14) with the sound as condition; a scalar in float32."""
         latents = common.draw_latents(batch, generator).to(device)  # (B, C, h, w)
         noise = torch.randn(latents.shape, generator=generator).to(device)
-        timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), generator=generator).to(device)
+        timesteps = common.draw_timesteps(scheduler, len(latents), cfg.high_noise_share, generator).to(device)
         text_tokens, audio_embeds = common.drop_conditions(
             batch["text_embeds"], common.draw_window(batch, generator), train.empty_text_embeds,
             cfg.caption_drop, cfg.audio_drop, cfg.both_drop, generator)

@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--only", nargs="+", choices=[*VARIANTS], default=[*VARIANTS], help="variants to run")
     add("--seeds", nargs="+", type=Number(int, 0), default=[0, 1, 2], help="training seeds")
-    add("--clips", type=Number(int, 2), default=150, help="test clips judged, evenly spread over the split")
+    add("--clips", type=Number(int, 2), default=100, help="test clips judged, evenly spread over the split")
     add("--out", default="runs/ablations", help="folder of the runs")
     add("--config", default="configs/tiny.json", help="config of the default; a variant's stands in ablations/")
     return parser
@@ -61,6 +61,12 @@ def call(*command) -> None:
         raise RunFailed(f"{command[0]}: failed, see above; the same command goes on from there")
 
 
+def copy_and_patch(script: Path) -> None:
+    """train_stage1.py under another name with appended.patch: copying is enough."""
+    shutil.copy(HERE.parent / "train_stage1.py", script)
+    subprocess.run(["git", "apply", HERE / "appended.patch"], cwd=script.parent, check=True)
+
+
 def train(name: str, seed: int, stages: tuple, out: Path, config: str, default: Path | None = None) -> Path:
     """Train a variant through its stages; returns the folder of the last one."""
     run, common_flags = out / f"{name}-{seed}", ("--config", config, "--seed", seed, "--samples", 0)
@@ -68,8 +74,7 @@ def train(name: str, seed: int, stages: tuple, out: Path, config: str, default: 
         script, more = f"train_stage{stage}.py", []
         if name == "appended":
             script = "train_appended.py"
-            shutil.copy(HERE.parent / "train_stage1.py", HERE.parent / script)
-            subprocess.run(["patch", "-s", script, HERE / "appended.patch"], cwd=HERE.parent, check=True)
+            copy_and_patch(HERE.parent / script)
             more = ["--name", "stage1"]
         if stage == 2 and stages[0] == 2:
             more = ["--init-from", default / "stage1"]
@@ -132,7 +137,7 @@ def judge_run(folder: Path, name: str, gate, args, judged) -> dict[str, list]:
     images = subject.pictures("right", subject.audio_embeds, list(range(len(clips.rows))))
     values = judged.measures(judged.judge.images(images))
     found = {key: values[key].tolist() for key in ("top1_en", "iis_cosine")}
-    found["pairs"] = [*values["pairs_heard"].tolist(), *values["pairs_unheard"].tolist()]
+    found["pairs"] = [float(v) for key in ("pairs_heard", "pairs_unheard") for v in values.get(key, ())]
     properties = evaluate.follow_properties(clips, {"right": images, "other": images}, list(range(len(clips.rows))))
     return found | {f"rho_{key}": value["points"] for key, value in properties.items()}
 
@@ -164,7 +169,7 @@ def to_markdown(results: dict, args: argparse.Namespace) -> str:
              "|---|---|" + "---|" * (len(MEASURES) + 1)]
     for stage, row in results["default"].items():
         lines.append(f"| default | {stage} | " + " | ".join(f"{row[key][0]:.3f}" for key in MEASURES) + " | |")
-    for name, row in results["variants"].items():
+    for row in results["variants"].values():
         gates = ", ".join(f"{g:.2f}" for g in row["tanh_gate"])
         lines.append(f"| {row['question']} | {row['after']} | " + " | ".join(cell(row["measures"][key]) for key in MEASURES)
                      + f" | {gates} |")

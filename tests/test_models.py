@@ -240,6 +240,15 @@ def test_other_is_never_the_same_recording_and_shares_no_label_if_it_can_be():
         common.other_sounds(["x", "y"], embeds[[0, 3]], 0)
 
 
+def test_timesteps_are_even_but_for_the_share_asked_for():
+    from diffusers import DDPMScheduler
+    generator = torch.Generator().manual_seed(0)
+    even = common.draw_timesteps(DDPMScheduler(), 20000, 0.0, generator)
+    half = common.draw_timesteps(DDPMScheduler(), 20000, 0.5, generator)
+    assert even.min() == 0 and even.max() == 999 and (even >= 800).float().mean() == pytest.approx(0.2, abs=0.01)
+    assert half.min() == 0 and half.max() == 999 and (half >= 800).float().mean() == pytest.approx(0.6, abs=0.01)
+
+
 @pytest.mark.parametrize("prediction", ("epsilon", "v_prediction"))
 def test_min_snr_weights_are_the_papers(prediction):
     from diffusers import DDPMScheduler

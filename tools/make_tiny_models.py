@@ -49,7 +49,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--pictures", type=Number(int, 64), default=20000, help="scenes drawn for VAE, UNet and judge")
     add("--sounds", type=Number(int, 64), default=10000, help="clips synthesised for CLAP")
     add("--vae-steps", type=Number(int, 1), default=4400, help="steps: three quarters on 16 crops, the rest on 8 scenes")
-    add("--unet-steps", type=Number(int, 1), default=4800, help="steps of 32 latents")
+    add("--unet-steps", type=Number(int, 1), default=4800, help="UNet, first part: steps of 32 latents")
+    add("--layout-steps", type=Number(int, 1), default=1000, help="UNet, second part: the noisiest timesteps")
+    add("--detail-steps", type=Number(int, 1), default=1500, help="UNet, third part: the noisier half")
     add("--clap-steps", type=Number(int, 1), default=3600, help="steps of 32 clips")
     add("--judge-steps", type=Number(int, 1), default=2000, help="steps of 64 pictures")
     add("--smoke", action="store_true", help="a few steps of each: folders and shapes only")
@@ -67,6 +69,13 @@ def example(seed: int, part: int, i: int) -> tuple[world.State, np.random.Genera
 def _picture(key: tuple[int, int, int]):
     state, rng = example(*key)
     return np.asarray(world.draw_scene(state)), [world.caption(state, rng) for _ in range(4)], state.labels
+
+
+def _scene(key: tuple[int, int, int]):
+    """_picture with four more captions that say everything."""
+    state, rng = example(*key)
+    captions = [world.caption(state, rng, detail) for detail in [None] * 4 + [world.EVERY_DETAIL] * 4]
+    return np.asarray(world.draw_scene(state)), captions, state.labels
 
 
 def _sound(key: tuple[int, int, int]):
@@ -143,7 +152,13 @@ def encode_text(tokenizer, captions: list[str]):
 
 
 def make_base(out: Path, args: argparse.Namespace) -> dict:
-    """VAE (64 px -> 16 x 16 x 4), then UNet and text encoder together, on captions, a tenth of them empty."""
+    """VAE (64 px -> 16 x 16 x 4), then UNet and text encoder together, on captions, a tenth of them empty.
+
+    UNet and text encoder learn in three parts. After the first, at the usual captions and even timesteps, a caption sets
+    the class, the size and the sky, but neither height nor count: captions seldom name them, and a layout is decided at
+    the few noisiest timesteps. So in the second and third part two of three captions say everything, and timesteps are
+    drawn more often from the upper fifth, then from the upper half.
+    """
     import torch
     import torch.nn.functional as F
     from diffusers import (
@@ -157,7 +172,7 @@ def make_base(out: Path, args: argparse.Namespace) -> dict:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
     torch.manual_seed(args.seed)
     rng = np.random.default_rng([args.seed, 2000])
-    drawn = draw(_picture, args.seed, PICTURES, args.pictures, "scenes")
+    drawn = draw(_scene, args.seed, PICTURES, args.pictures, "scenes")
     pictures, captions = np.stack([d[0] for d in drawn]), [d[1] for d in drawn]
 
     vae = AutoencoderKL(block_out_channels=(16, 32, 64), layers_per_block=1, latent_channels=4, norm_num_groups=8,
@@ -201,7 +216,7 @@ def make_base(out: Path, args: argparse.Namespace) -> dict:
 
     torch.manual_seed(args.seed + 3)  # so that a VAE kept from a stopped run changes nothing
     rng = np.random.default_rng([args.seed, 2003])
-    tokenizer = train_tokenizer(CLIPTokenizer, [c for four in captions for c in four], 1200)
+    tokenizer = train_tokenizer(CLIPTokenizer, [c for eight in captions for c in eight[:4]], 1200)
     text_encoder = CLIPTextModel(CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=L, projection_dim=128, bos_token_id=tokenizer.bos_token_id,
@@ -216,22 +231,29 @@ def make_base(out: Path, args: argparse.Namespace) -> dict:
     scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False,
                               prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing")
     noiser = DDPMScheduler.from_config(scheduler.config)
-    ids = encode_text(tokenizer, [c for four in captions for c in four]).view(-1, 4, L)
+    ids = encode_text(tokenizer, [c for eight in captions for c in eight]).view(-1, 8, L)
     empty = encode_text(tokenizer, [""])[0]
     parameters = [*unet.parameters(), *text_encoder.parameters()]
-    ema = EMAModel(parameters, decay=0.999)
 
-    def unet_loss(step: int):
-        i = rng.integers(len(latents), size=32)
-        x, text = latents[i], ids[i, rng.integers(4, size=32)]
-        text = torch.where(torch.from_numpy(rng.random(32) < 0.1)[:, None], empty, text)
-        noise, timesteps = torch.randn_like(x), torch.randint(1000, (32,))
-        hidden = text_encoder(text).last_hidden_state
-        pred = unet(noiser.add_noise(x, noise, timesteps), timesteps, hidden).sample
-        return F.mse_loss(pred, noiser.get_velocity(x, noise, timesteps))
+    def unet_loss(first: int, last: int, noisiest: int, share: float):
+        """The loss on captions first..last-1, a `share` of the timesteps drawn from `noisiest` to 999."""
+        def loss_at(step: int):
+            i = rng.integers(len(latents), size=32)
+            x, text = latents[i], ids[i, rng.integers(first, last, size=32)]
+            text = torch.where(torch.from_numpy(rng.random(32) < 0.1)[:, None], empty, text)
+            noise, timesteps = torch.randn_like(x), torch.randint(1000, (32,))
+            timesteps = torch.where(torch.rand(32) < share, torch.randint(noisiest, 1000, (32,)), timesteps)
+            hidden = text_encoder(text).last_hidden_state
+            pred = unet(noiser.add_noise(x, noise, timesteps), timesteps, hidden).sample
+            return F.mse_loss(pred, noiser.get_velocity(x, noise, timesteps))
+        return loss_at
 
-    seconds["unet"] = train("UNet", parameters, unet_loss, args.unet_steps, 1.5e-3, ema)
-    ema.copy_to(parameters)
+    seconds["unet"] = 0.0
+    for steps, captions_used, noisiest, share in ((args.unet_steps, (0, 4), 0, 0.0), (args.layout_steps, (2, 8), 800, 0.6),
+                                                  (args.detail_steps, (2, 8), 500, 0.6)):
+        ema = EMAModel(parameters, decay=0.998)
+        seconds["unet"] += train("UNet", parameters, unet_loss(*captions_used, noisiest, share), steps, 1.5e-3, ema)
+        ema.copy_to(parameters)
     StableDiffusionPipeline(vae=vae, text_encoder=text_encoder.eval(), tokenizer=tokenizer, unet=unet.eval(),
                             scheduler=scheduler, safety_checker=None, feature_extractor=None,
                             requires_safety_checker=False).save_pretrained(out)
@@ -461,7 +483,7 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if args.smoke:
         args.pictures = args.sounds = 64
-        args.vae_steps = args.unet_steps = args.clap_steps = args.judge_steps = 3
+        args.vae_steps = args.unet_steps = args.layout_steps = args.detail_steps = args.clap_steps = args.judge_steps = 3
     import torch
 
     import common
