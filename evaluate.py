@@ -384,30 +384,33 @@ def follow_properties(clips: Clips, pictures: dict[str, list], others: list[int]
     return found
 
 
-def diversity(judged: Judged, subject: Subject, seeds: int) -> dict:
-    """Mode-collapse watch: the first clip of each class from several noises, beside real pictures of the class."""
+def diversity(judged: Judged, subject: Subject, right, seeds: int) -> dict:
+    """Mode-collapse watch: how far apart pictures of a class lie, and whether other noise gives another picture.
+
+    `distance` is the mean pairwise distance of the pictures of a class (each clip its own sound and noise; `right` holds
+    their embeddings), `real_distance` that of the real pictures; `seed_distance` and `distinct_share` are of one sound of
+    each class under several noises.
+    """
     import numpy as np
 
     import metrics
     clips = judged.clips
-    first = [next(i for i in clips.single if clips.kinds[i][0] == name)
-             for name in clips.classes if any(clips.kinds[i][0] == name for i in clips.single)]
-    if not first:
+    groups = {name: [i for i in clips.single if clips.kinds[i][0] == name] for name in clips.classes}
+    groups = dict(list((name, group) for name, group in groups.items() if group)[:32])
+    if not groups:
         return {}
-    first = first[:32]
-    rows = [i for i in first for _ in range(seeds)]
-    noise = [subject.args.seed + 100_000 + k for _ in first for k in range(seeds)]
+    rows = [group[0] for group in groups.values() for _ in range(seeds)]
+    noise = [subject.args.seed + 100_000 + k for _ in groups for k in range(seeds)]
     images = subject.pictures("seeds", subject.audio_embeds[rows], noise)
-    embeds = judged.judge.images(images).reshape(len(first), seeds, -1)
-    pixels = np.stack([np.asarray(image, float) / 255 for image in images]).reshape(len(first), seeds, -1)
-    distances = np.array([metrics.pairwise_distance(x) for x in embeds])
-    same_class = [[i for i in clips.single if clips.kinds[i] == clips.kinds[j]] for j in first]
-    real = np.array([metrics.pairwise_distance(judged.real[group]) for group in same_class if len(group) > 1])
-    distinct = np.array([metrics.distinct_share(x) for x in pixels])
-    found = {"classes": len(first), "seeds": seeds, "distance": metrics.interval(distances),
-             "distinct_share": metrics.interval(distinct)}
-    if len(real):
-        found["real_distance"] = metrics.interval(real)
+    embeds = judged.judge.images(images).reshape(len(groups), seeds, -1)
+    pixels = np.stack([np.asarray(image, float) / 255 for image in images]).reshape(len(groups), seeds, -1)
+    found = {"classes": len(groups), "seeds": seeds,
+             "seed_distance": metrics.interval(np.array([metrics.pairwise_distance(x) for x in embeds])),
+             "distinct_share": metrics.interval(np.array([metrics.distinct_share(x) for x in pixels]))}
+    several = [group for group in groups.values() if len(group) > 1]
+    if several:
+        for name, all_embeds in (("distance", right), ("real_distance", judged.real)):
+            found[name] = metrics.interval(np.array([metrics.pairwise_distance(all_embeds[group]) for group in several]))
     return found
 
 
@@ -507,7 +510,8 @@ def evaluate(subject: Subject, judged: Judged, others: list[int], quick: bool) -
     if properties:
         right |= {f"rho_{name}": values.pop("_right") for name, values in properties.items()}
         found["properties"] = properties
-    found["diversity"] = diversity(judged, subject, DIVERSITY_SEEDS // 2 if quick else DIVERSITY_SEEDS)
+    found["diversity"] = diversity(judged, subject, embeds["right"],
+                                   DIVERSITY_SEEDS // 2 if quick else DIVERSITY_SEEDS)
     found["gate"] = {"tanh_gate": subject.facts["tanh_gate"], "strips": gate_strip(clips, subject)}
     seen = {sound: (embeds[sound] @ judged.names["en"].T).argmax(1) for sound in SOUNDS}
     found["clips"] = [{"id": row.id, "label": "+".join(clips.kinds[i]), "text": row.text, "other_clip": others[i],
@@ -523,9 +527,9 @@ def warnings_of(found: dict) -> list[str]:
     if spread and spread["distinct_share"][0] < MIN_DIVERSITY:
         lines.append(f"mode collapse: only {spread['distinct_share'][0]:.2f} of one sound's pictures are distinct, expected at "
                      f"least {MIN_DIVERSITY}")
-    if "real_distance" in spread and spread["distance"][0] < MIN_DIVERSITY * spread["real_distance"][0]:
-        lines.append(f"low diversity: pictures of one sound lie {spread['distance'][0] / spread['real_distance'][0]:.2f} times as "
-                     f"far apart as real pictures of its class, under {MIN_DIVERSITY} (a sound fixes more than a class does)")
+    if "distance" in spread and spread["distance"][0] < MIN_DIVERSITY * spread["real_distance"][0]:
+        lines.append(f"mode collapse: pictures of a class lie {spread['distance'][0] / spread['real_distance'][0]:.2f} times as "
+                     f"far apart as real ones, expected at least {MIN_DIVERSITY}")
     return lines
 
 
@@ -568,9 +572,10 @@ def to_markdown(e: dict) -> str:
                   for name, v in e["properties"].items()]
     if e["diversity"]:
         d = e["diversity"]
-        lines += ["", f"Diversity: {d['classes']} sounds, {d['seeds']} noises each: mean pairwise distance {number(d['distance'])}"
-                  + (f", real pictures of a class {number(d['real_distance'])}" if "real_distance" in d else "")
-                  + f"; distinct pictures {number(d['distinct_share'])}."]
+        lines += ["", f"Diversity: {d['distinct_share'][0]:.2f} of one sound's pictures under {d['seeds']} noises are distinct, mean "
+                  f"pairwise distance {number(d['seed_distance'])} ({d['classes']} sounds)"
+                  + (f"; within a class {number(d['distance'])}, real pictures {number(d['real_distance'])}" if "distance" in d
+                     else "") + "."]
     lines += [f"\n**Warning: {line}.**" for line in e["warnings"]]
     classes, right = e["confusion"]["classes"], e["confusion"]["right"]
     wrong = [(right[i][j], classes[i], classes[j]) for i in range(len(classes)) for j in range(len(classes))

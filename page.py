@@ -318,10 +318,11 @@ def measures(e: dict) -> str:
             "MACS's); they are not comparable with each other.</p>")
     spread = e["diversity"]
     if spread:
-        real = f", real pictures of one class {interval(spread['real_distance'])}" if "real_distance" in spread else ""
+        within = (f" Between the pictures of one class {interval(spread['distance'])}, between real ones "
+                  f"{interval(spread['real_distance'])}." if "distance" in spread else "")
         text += (f"<p>Diversity: {spread['classes']} sounds, {spread['seeds']} noises each. Mean distance between the "
-                 f"pictures of one sound {interval(spread['distance'])}{real}; share of distinct pictures "
-                 f"{interval(spread['distinct_share'])}.</p>")
+                 f"pictures of one sound {interval(spread['seed_distance'])}; share of distinct pictures "
+                 f"{interval(spread['distinct_share'])}.{within}</p>")
     return text
 
 

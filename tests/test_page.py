@@ -87,8 +87,8 @@ def evaluation(tmp_path) -> dict:
             "properties": {name: {"n": 97, "real": three(0.985), "right": three(0.811), "shuffled": three(-0.021),
                                   "points": np.random.default_rng(0).random((9, 2)).tolist()}
                            for name in ("pitch", HOSTILE)},
-            "diversity": {"classes": 3, "seeds": 8, "distance": three(0.2134), "distinct_share": three(0.9712),
-                          "real_distance": three(0.3345)},
+            "diversity": {"classes": 3, "seeds": 8, "seed_distance": three(0.2134), "distinct_share": three(0.9712),
+                          "distance": three(0.3111), "real_distance": three(0.3345)},
             "gate": {"tanh_gate": 0.4242, "strips": [{"clip": 0, "gates": [0.0, 0.5, 1.0],
                                                       "paths": [clips[i]["right"]["picture"] for i in range(3)]}]},
             "clips": clips, "warnings": [f"low diversity {HOSTILE}"],
