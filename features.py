@@ -391,6 +391,11 @@ class AudioImageDataset(Dataset):
                 raise RunFailed(f"{path}: cannot be read ({error}); start again, it will be rebuilt") from None
         return self._shards[kind, shard].get_slice(name)[offset:offset + 1][0]
 
+    def some_audio_embeds(self, n: int) -> torch.Tensor:
+        """The first window of n rows, evenly spread, or of all if there are fewer: (n, E)."""
+        rows = (self.rows[i * len(self) // n] for i in range(n)) if n < len(self) else self.rows
+        return torch.stack([self._read("rows", row["shard"], row["offset"], "audio_embeds")[0] for row in rows])
+
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_shards": {}, "_pid": None}
 

@@ -31,6 +31,7 @@ CLASSES = ("thunder", "ocean_waves", "fire", "applause", "siren", "helicopter", 
 # Nine of the 45 pairs that no training or validation clip holds: every class but the last is in about two of them.
 UNHEARD_PAIRS = tuple((CLASSES[i], CLASSES[(i + 3) % 10]) for i in range(9))
 SOURCE_PROPERTIES = ("loudness", "pitch", "rate")
+PAIR_LOUDNESS = 0.5  # two sources differ by 12 dB at most: what lies 20 dB below another sound nobody hears
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,10 @@ def draw_state(rng: np.random.Generator, labels: tuple[str, ...] | None = None, 
                     break
         else:
             labels = (str(rng.choice(CLASSES)),)
-    sources = tuple(Source(label, *(float(v) for v in rng.random(4))) for label in labels)
+    while True:
+        sources = tuple(Source(label, *(float(v) for v in rng.random(4))) for label in labels)
+        if abs(sources[0].loudness - sources[-1].loudness) <= PAIR_LOUDNESS:
+            break
     return State(sources, float(rng.random()), int(rng.integers(2 ** 31)))
 
 

@@ -27,6 +27,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     # the adapter
     add("--num-tokens", type=Number(int, 1, 256), default=8, help="audio tokens N")
+    add("--whiten", action=argparse.BooleanOptionalAction, default=True,
+        help="begin with a first layer that whitens the training set's embeddings")
     add("--strength", type=Number(float, 0.01, 0.99), default=0.4, help="tanh(gate), pinned during this stage")
     # what a sample is shown: each share is of samples, not of batches
     add("--caption-drop", type=Number(float, 0, 1), default=0.5, help="share with the empty caption and its sound")
@@ -110,6 +112,8 @@ def main(argv: list[str] | None = None) -> None:
     scheduler = DDPMScheduler.from_pretrained(base, subfolder="scheduler")
     common.check_dims(unet, train)
     audio_proj = common.AudioProjectionMLP(train.embed_dim, unet.config.cross_attention_dim, cfg.num_tokens).to(device)
+    if cfg.whiten:
+        audio_proj.whiten(train.some_audio_embeds(4096))
     audio_attn = common.AudioAttentionAdapter(unet, cfg.strength).to(device)
     audio_attn.gate.requires_grad_(False)
     audio_attn.attach(unet)

@@ -240,6 +240,24 @@ def test_other_is_never_the_same_recording_and_shares_no_label_if_it_can_be():
         common.other_sounds(["x", "y"], embeds[[0, 3]], 0)
 
 
+def test_whitening_makes_faint_directions_as_loud_as_strong_ones():
+    torch.manual_seed(0)
+    rotation = torch.linalg.qr(torch.randn(16, 16))[0]
+    spread = torch.tensor([10.0] * 4 + [0.7] * 8 + [1e-4] * 4)  # classes, what else is heard, noise
+    x = (torch.randn(5000, 16) * spread) @ rotation + 3.0
+    proj = common.AudioProjectionMLP(16, 8, 2)
+    before = proj.proj[0].weight.detach().clone()
+    proj.whiten(x / 4)  # / sqrt(16), which forward multiplies by
+    folded = torch.linalg.lstsq(before.double(), proj.proj[0].weight.detach().double()).solution  # (16, 16): the whitening
+    variances = torch.cov(((x.double() - x.double().mean(0)) @ folded.T @ rotation.double().T).T).diagonal()
+    covariance = torch.cov(x.double().T)
+    values = torch.linalg.eigvalsh(covariance)
+    expected = (spread.double() ** 2) / (spread.double() ** 2 + 0.1 * values.mean())
+    assert variances.numpy() == pytest.approx((expected * 16 / expected.sum()).numpy(), rel=0.1, abs=1e-5)
+    hidden = proj.proj[0](x).detach()
+    assert abs(hidden.mean(0)).max() < 0.3 and hidden.std() == pytest.approx(3 ** -0.5, rel=0.2)  # as torch's own start
+
+
 def test_timesteps_are_even_but_for_the_share_asked_for():
     from diffusers import DDPMScheduler
     generator = torch.Generator().manual_seed(0)

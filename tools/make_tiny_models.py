@@ -50,8 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--sounds", type=Number(int, 64), default=10000, help="clips synthesised for CLAP")
     add("--vae-steps", type=Number(int, 1), default=4400, help="steps: three quarters on 16 crops, the rest on 8 scenes")
     add("--unet-steps", type=Number(int, 1), default=4800, help="UNet, first part: steps of 32 latents")
-    add("--layout-steps", type=Number(int, 1), default=1000, help="UNet, second part: the noisiest timesteps")
-    add("--detail-steps", type=Number(int, 1), default=1500, help="UNet, third part: the noisier half")
+    add("--layout-steps", type=Number(int, 1), default=1000, help="UNet, later parts: the noisiest timesteps, then half as many again")
+    add("--detail-steps", type=Number(int, 1), default=1600, help="UNet, last parts: the middle timesteps, three times")
     add("--clap-steps", type=Number(int, 1), default=3600, help="steps of 32 clips")
     add("--judge-steps", type=Number(int, 1), default=2000, help="steps of 64 pictures")
     add("--smoke", action="store_true", help="a few steps of each: folders and shapes only")
@@ -154,10 +154,10 @@ def encode_text(tokenizer, captions: list[str]):
 def make_base(out: Path, args: argparse.Namespace) -> dict:
     """VAE (64 px -> 16 x 16 x 4), then UNet and text encoder together, on captions, a tenth of them empty.
 
-    UNet and text encoder learn in three parts. After the first, at the usual captions and even timesteps, a caption sets
-    the class, the size and the sky, but neither height nor count: captions seldom name them, and a layout is decided at
-    the few noisiest timesteps. So in the second and third part two of three captions say everything, and timesteps are
-    drawn more often from the upper fifth, then from the upper half.
+    UNet and text encoder learn in parts. After the first, at the usual captions and even timesteps, a caption sets the
+    class, the size and the sky, but neither height nor count: captions seldom name them, a layout is decided at the few
+    noisiest timesteps, and marks in the middle. So in the later parts two of three captions say everything, and
+    timesteps are drawn more often from there: first from the noisy end, then, three times over, from the middle.
     """
     import torch
     import torch.nn.functional as F
@@ -235,24 +235,24 @@ def make_base(out: Path, args: argparse.Namespace) -> dict:
     empty = encode_text(tokenizer, [""])[0]
     parameters = [*unet.parameters(), *text_encoder.parameters()]
 
-    def unet_loss(first: int, last: int, noisiest: int, share: float):
-        """The loss on captions first..last-1, a `share` of the timesteps drawn from `noisiest` to 999."""
+    def unet_loss(first: int, last: int, low: int, high: int, share: float):
+        """The loss on captions first..last-1, a `share` of the timesteps drawn from low..high-1."""
         def loss_at(step: int):
             i = rng.integers(len(latents), size=32)
             x, text = latents[i], ids[i, rng.integers(first, last, size=32)]
             text = torch.where(torch.from_numpy(rng.random(32) < 0.1)[:, None], empty, text)
             noise, timesteps = torch.randn_like(x), torch.randint(1000, (32,))
-            timesteps = torch.where(torch.rand(32) < share, torch.randint(noisiest, 1000, (32,)), timesteps)
+            timesteps = torch.where(torch.rand(32) < share, torch.randint(low, high, (32,)), timesteps)
             hidden = text_encoder(text).last_hidden_state
             pred = unet(noiser.add_noise(x, noise, timesteps), timesteps, hidden).sample
             return F.mse_loss(pred, noiser.get_velocity(x, noise, timesteps))
         return loss_at
 
     seconds["unet"] = 0.0
-    for steps, captions_used, noisiest, share in ((args.unet_steps, (0, 4), 0, 0.0), (args.layout_steps, (2, 8), 800, 0.6),
-                                                  (args.detail_steps, (2, 8), 500, 0.6)):
+    for steps, *how in ((args.unet_steps, 0, 4, 0, 1000, 0.0), (args.layout_steps, 2, 8, 800, 1000, 0.6),
+                        (args.layout_steps * 3 // 2, 2, 8, 500, 1000, 0.6), *[(args.detail_steps, 2, 8, 300, 700, 0.7)] * 3):
         ema = EMAModel(parameters, decay=0.998)
-        seconds["unet"] += train("UNet", parameters, unet_loss(*captions_used, noisiest, share), steps, 1.5e-3, ema)
+        seconds["unet"] += train("UNet", parameters, unet_loss(*how), steps, 1.5e-3, ema)
         ema.copy_to(parameters)
     StableDiffusionPipeline(vae=vae, text_encoder=text_encoder.eval(), tokenizer=tokenizer, unet=unet.eval(),
                             scheduler=scheduler, safety_checker=None, feature_extractor=None,
