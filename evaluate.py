@@ -80,8 +80,8 @@ def pick_clips(rows: list, n: int) -> list:
 class Clips:
     """The clips of one evaluation, their real pictures, and the classes the judge chooses from.
 
-    `single` and `pairs` are the positions of clips with one label and with two ("a+b"); without any label in the data each
-    clip's caption is its class. `heard` holds the pairs of labels that training or validation has.
+    The classes are all labels of the data, of every split; without any label each clip's caption is its class. `single` and
+    `pairs` are the positions of clips with one label and with two ("a+b"). `heard` holds the pairs of labels that training or validation has.
     """
 
     def __init__(self, data_root: str, split: str, n: int, image_size: int):
@@ -105,7 +105,8 @@ class Clips:
             raise UserError(f"{data_root}: split {split!r} has {len(self.rows)} usable clips; expected at least 2")
         self.labelled = any(row.label for row in self.rows)
         self.kinds = [tuple((row.label or "").split("+")) if self.labelled else (row.text,) for row in self.rows]
-        self.classes = sorted({name for kind in self.kinds for name in kind if name})
+        known = [(row.label or "").split("+") for row in rows] if self.labelled else self.kinds
+        self.classes = sorted({name for kind in known for name in kind if name})
         self.single = [i for i, kind in enumerate(self.kinds) if len(kind) == 1 and kind[0]]
         self.pairs = [i for i, kind in enumerate(self.kinds) if len(kind) == 2]
         self.truth = np.array([self.classes.index(self.kinds[i][0]) for i in self.single])
@@ -396,7 +397,7 @@ def diversity(judged: Judged, subject: Subject, right, seeds: int) -> dict:
     import metrics
     clips = judged.clips
     groups = {name: [i for i in clips.single if clips.kinds[i][0] == name] for name in clips.classes}
-    groups = dict(list((name, group) for name, group in groups.items() if group)[:32])
+    groups = dict([(name, group) for name, group in groups.items() if group][:32])
     if not groups:
         return {}
     rows = [group[0] for group in groups.values() for _ in range(seeds)]
