@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--steps", type=Number(int, 1, 1000), default=25, help="sampling steps")
     add("--seed", type=Number(int, 0, 2 ** 31 - 1), default=0, help="clip i starts from the noise of seed + i")
     add("--gate", type=Number(float, 0, 1), default=None, help="tanh(gate) instead of the learned one")
-    add("--noise", action="store_true", help="control: replace the adapter's audio tokens by noise; all must fall to chance")
+    add("--noise", action="store_true", help="control: noise for the audio tokens, all must fall to chance; writes evaluation-noise.*")
     add("--base-model", default="", help="another base model for the same adapter ('' = the one it was trained with)")
     add("--clap-model", default="", help="where the adapter's CLAP lies now ('' = where it was in training)")
     add("--batch-size", type=Number(int, 1), default=50, help="pictures made at once")
@@ -638,12 +638,12 @@ def main(argv: list[str] | None = None) -> None:
         n |= {f"rho_{name}": values["n"] for name, values in evaluation.get("properties", {}).items()}
         evaluation["against"] = {"run": args.against, "measures": found_b["measures"], "clips": found_b["clips"],
                                  "comparison": compare_runs(right, right_b, evaluation["measures"], n)}
-    text = to_markdown(evaluation)
-    write_json(subject.folder / "evaluation.json", evaluation)
-    write_atomic(subject.folder / "evaluation.md", text.encode())
-    page.write(evaluation, subject.folder / "evaluation.html")
+    text, stem = to_markdown(evaluation), "evaluation-noise" if args.noise else "evaluation"
+    write_json(subject.folder / f"{stem}.json", evaluation)
+    write_atomic(subject.folder / f"{stem}.md", text.encode())
+    page.write(evaluation, subject.folder / f"{stem}.html")
     print("\n" + text)
-    print("\n".join(f"{subject.folder / f'evaluation.{kind}'}: {what}" for kind, what in (
+    print("\n".join(f"{subject.folder / f'{stem}.{kind}'}: {what}" for kind, what in (
         ("html", "sounds, pictures, plots: open it in a browser"), ("md", "the tables"), ("json", "every figure"))), flush=True)
 
 

@@ -73,6 +73,8 @@ def already_made(out: Path, settings: dict) -> bool:
 
 
 def finish(out: Path, rows: list[dict], settings: dict) -> None:
+    for stale in out.rglob(".*.tmp"):  # a killed run's workers may have written on for a moment after our start
+        stale.unlink()
     write_json(out / "settings.json", settings)
     write_atomic(out / "metadata.jsonl", manifest_lines(rows))
 

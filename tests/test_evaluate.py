@@ -21,7 +21,7 @@ JUDGE = ROOT / "assets/tiny/judge"
 def large_world(tmp_path_factory):
     """100 test clips: 80 single ones, 10 heard and 10 unheard pairs."""
     out = tmp_path_factory.mktemp("large") / "world"
-    ok(script("prepare_data.py", "world", "--out", out, "--train", 100, "--val", 2, "--test", 100))
+    ok(script("prepare_data.py", "world", "--out", out, "--train", 40, "--val", 2, "--test", 100))
     return out
 
 
@@ -32,8 +32,8 @@ def small_run(run, tmp_path):
     return tmp_path / "run"
 
 
-def result(run) -> dict:
-    return json.loads((run / "evaluation.json").read_text())
+def result(run, name: str = "evaluation") -> dict:
+    return json.loads((run / f"{name}.json").read_text())
 
 
 def perfect_pictures(world):
@@ -87,7 +87,7 @@ def test_a_perfect_model_scores_as_the_real_pictures_and_silence_at_chance(small
 def test_noise_for_tokens_scores_at_chance_everywhere(small_run, large_world):
     evaluate.main(["--run", str(small_run), "--data-root", str(large_world), "--judge", str(JUDGE), "--noise", "--steps", "3",
                    "--quick"])
-    found = result(small_run)
+    found = result(small_run, "evaluation-noise")
     for name, row in found["measures"].items():
         if row["chance"] is None:
             continue

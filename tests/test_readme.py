@@ -89,6 +89,7 @@ def test_readme_python(copy):
     assert Image.open(copy / "out.png").size == (64, 64)
 
 
+@pytest.mark.slow
 def test_run_all_stages_hands_a_signal_on_and_goes_on(copy):
     """SIGTERM to the chain in stage 1: exit code 143, a checkpoint, no child left; the same command finishes."""
     import signal

@@ -111,6 +111,16 @@ def test_a_copied_script_runs_under_another_name(config, run, tmp_path):
     assert (tmp_path / "run/ablation/adapter.safetensors").exists() and not (tmp_path / "run/stage2").exists()
 
 
+def test_the_ablation_that_appends_tokens_is_a_copy_and_a_small_patch(tmp_path):
+    import subprocess
+    shutil.copy(ROOT / "train_stage1.py", tmp_path / "train_appended.py")
+    subprocess.run(["git", "apply", ROOT / "ablations/appended.patch"], cwd=tmp_path, check=True)
+    old, new = (ROOT / "train_stage1.py").read_text(), (tmp_path / "train_appended.py").read_text()
+    compile(new, "train_appended.py", "exec")
+    assert "torch.cat([text_tokens, audio_tokens], 1)" in new and "audio_attn" not in new
+    assert len(set(new.splitlines()) - set(old.splitlines())) <= 8
+
+
 def test_options_work_together(config, run, tmp_path):
     """Accumulation, EMA, bf16-held UNet, flips, windows, early stop, pictures on the way."""
     done = ok(script("train_stage1.py", "--config", config, "--run", tmp_path, "--steps", 6, "--accumulation", 2,
