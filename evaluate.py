@@ -212,10 +212,8 @@ class Subject:
         self.pictures_dir.mkdir(parents=True, exist_ok=True)
 
     def scale_of(self, gate: float) -> float:
-        """The IP-Adapter scale that turns the learned tanh(gate) into `gate`."""
-        if abs(self.facts["tanh_gate"]) < 1e-6:
-            raise UserError(f"{self.adapter_path}: its tanh(gate) is 0, which no scale turns into {gate}")
-        return gate / self.facts["tanh_gate"]
+        import generate
+        return generate.scale_of_gate(gate, self.facts, self.adapter_path)
 
     def pictures(self, name: str, audio_embeds, seeds: list[int], scale: float | None = None,
                  guidance: float | None = None) -> list:
@@ -275,8 +273,8 @@ class Judged:
         return {language: metrics.interval(metrics.ranks_of_truth(self.real[clips.single] @ names.T, clips.truth) == 1)
                 for language, names in self.names.items()}
 
-    def measures(self, images) -> dict[str, tuple]:
-        """Every measure of one set of pictures, image embeddings (n, D), one a clip: {name: (values, statistic)}."""
+    def measures(self, images) -> dict:
+        """Every measure of one set of pictures, image embeddings (n, D), one a clip: {name: values of its clips}."""
         import numpy as np
 
         import metrics
@@ -341,13 +339,11 @@ def about(clips: Clips) -> dict[str, dict]:
             for name, (title, text, chance) in table.items()}
 
 
-def confusion(judged: Judged, images) -> list[list[int]]:
-    """Counts (k, k): rows are the sound's class, columns the class the judge sees."""
+def confusion(clips: Clips, seen) -> list[list[int]]:
+    """Counts (k, k): rows are the sound's class, columns the class the judge sees, `seen` (n,) for every clip."""
     import numpy as np
-    clips, k = judged.clips, len(judged.clips.classes)
-    seen = (images[clips.single] @ judged.names["en"].T).argmax(1)
-    counts = np.zeros((k, k), int)
-    np.add.at(counts, (clips.truth, seen), 1)
+    counts = np.zeros((len(clips.classes),) * 2, int)
+    np.add.at(counts, (clips.truth, seen[clips.single]), 1)
     return counts.tolist()
 
 
@@ -500,8 +496,9 @@ def evaluate(subject: Subject, judged: Judged, others: list[int], quick: bool) -
     table = {name: {**facts, "n": counts[name], **{kind: metrics.summary(*boots[kind][name])
                                                    for kind in (*SOUNDS, "real") if name in boots[kind]}}
              for name, facts in about(clips).items() if name in counts}
+    seen = {sound: (embeds[sound] @ judged.names["en"].T).argmax(1) for sound in SOUNDS}
     found = {"measures": table, "confusion": {"classes": clips.classes,
-                                              **{sound: confusion(judged, embeds[sound]) for sound in SOUNDS}}}
+                                              **{sound: confusion(clips, seen[sound]) for sound in SOUNDS}}}
     right = dict(boots["right"])
     if not quick and (mixed := mixtures(judged, subject)):
         right["mix_unheard"], jobs = mixed
@@ -514,7 +511,6 @@ def evaluate(subject: Subject, judged: Judged, others: list[int], quick: bool) -
     found["diversity"] = diversity(judged, subject, embeds["right"],
                                    DIVERSITY_SEEDS // 2 if quick else DIVERSITY_SEEDS)
     found["gate"] = {"tanh_gate": subject.facts["tanh_gate"], "strips": gate_strip(clips, subject)}
-    seen = {sound: (embeds[sound] @ judged.names["en"].T).argmax(1) for sound in SOUNDS}
     found["clips"] = [{"id": row.id, "label": "+".join(clips.kinds[i]), "text": row.text, "other_clip": others[i],
                        "audio": str(row.audio_path), "real": str(row.image_path),
                        **{sound: {"picture": str(subject.files[sound][i]), "seen": clips.classes[seen[sound][i]]}

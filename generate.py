@@ -195,10 +195,19 @@ def audio_scale(args: argparse.Namespace, facts: dict, adapter_path: Path) -> fl
     """
     if args.gate is None:
         return args.audio_scale
+    return scale_of_gate(args.gate, facts, adapter_path)
+
+
+def scale_of_gate(gate: float, facts: dict, adapter_path: Path) -> float:
+    """The IP-Adapter scale that turns the learned tanh(gate) into `gate`.
+
+    Raises:
+        UserError: the learned one is 0, which no scale opens.
+    """
     if abs(facts["tanh_gate"]) < 1e-6:
-        raise UserError(f"--gate {args.gate:g}: the learned gate of {adapter_path} is 0 and was folded into the file, "
+        raise UserError(f"--gate {gate:g}: the learned gate of {adapter_path} is 0 and was folded into the file, "
                         "so no other one can be set; give an adapter with an open gate")
-    return args.gate / facts["tanh_gate"]
+    return gate / facts["tanh_gate"]
 
 
 def first_picture(args: argparse.Namespace, size: int):

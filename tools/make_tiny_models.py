@@ -352,22 +352,6 @@ def make_judge(out: Path, args: argparse.Namespace) -> dict:
 
 # --- the report -----------------------------------------------------------------------------------------------------------
 
-class Judge:
-    """Zero-shot judgement of pictures, from the judge's own folder."""
-
-    def __init__(self, folder: Path):
-        from transformers import AutoTokenizer, SiglipImageProcessorPil, SiglipModel
-        self.model, self.processor = SiglipModel.from_pretrained(folder), SiglipImageProcessorPil.from_pretrained(folder)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-
-    def logits(self, images: list, captions: list[str]):
-        """(len(images), len(captions)) logits."""
-        import torch
-        with torch.inference_mode():
-            return self.model(input_ids=encode_text(self.tokenizer, captions),
-                              pixel_values=self.processor(images, return_tensors="pt")["pixel_values"]).logits_per_image
-
-
 def sheet(images: list, columns: int, scale: int = 2):
     from PIL import Image
     width, height = images[0].size
@@ -385,6 +369,8 @@ def measure(out: Path, args: argparse.Namespace, seconds: dict) -> dict:
     from PIL import Image
     from transformers import AutoTokenizer, ClapModel
 
+    import metrics
+    from judge import Judge
     n = 8 if args.smoke else 400
     held_out = [example(args.seed, HELD_OUT, i)[0] for i in range(n)]
     single = [state for state in held_out if len(state.sources) == 1]
@@ -404,14 +390,14 @@ def measure(out: Path, args: argparse.Namespace, seconds: dict) -> dict:
 
     judge = Judge(out / "judge")
     truth = torch.tensor([world.CLASSES.index(state.labels[0]) for state in single])
-    right = {language: float((judge.logits([renders[s] for s in single], names[language]).argmax(1) == truth).float()
-                             .mean()) for language in names}
+    captions = {language: judge.captions(names[language]) for language in names}  # (10, D)
+    seen = judge.images([renders[s] for s in single])
+    right = {language: float(np.mean((seen @ captions[language].T).argmax(1) == truth.numpy())) for language in names}
 
     def both_found(images: list, states: list) -> float:
         """Share of pictures whose two best classes, by the caption of each class alone, are the two that belong there."""
-        best = judge.logits(images, names["en"]).topk(2).indices.tolist()
-        return float(np.mean([{world.CLASSES[i] for i in two} == set(s.labels)
-                              for two, s in zip(best, states, strict=True)]))
+        wanted = [{world.CLASSES.index(name) for name in s.labels} for s in states]
+        return float(metrics.both_found(judge.images(images) @ captions["en"].T, wanted).mean())
 
     count = 1 if args.smoke else 20
     wanted = [c for c in range(10) for _ in range(count)]
@@ -419,7 +405,7 @@ def measure(out: Path, args: argparse.Namespace, seconds: dict) -> dict:
     for at in range(0, len(wanted), 20):
         made += pipe([names["en"][c] for c in wanted[at:at + 20]], guidance_scale=5.0, num_inference_steps=25,
                      generator=[torch.Generator().manual_seed(at + k) for k in range(len(wanted[at:at + 20]))]).images
-    guessed = judge.logits(made, names["en"]).argmax(1).tolist()
+    guessed = (judge.images(made) @ captions["en"].T).argmax(1).tolist()
     by_class = {world.CLASSES[c]: float(np.mean([g == c for g, w in zip(guessed, wanted, strict=True) if w == c]))
                 for c in range(10)}
     sheet([made[c * count + k] for c in range(10) for k in range(min(count, 8))], min(count, 8)).save(
