@@ -332,7 +332,7 @@ def about(clips: Clips) -> dict[str, dict]:
                         2 / (k * (k - 1)) if k > 1 else None),
         "pairs_unheard": ("both of two sounds found, pair never heard", "the judge's two best classes are the two",
                           2 / (k * (k - 1)) if k > 1 else None),
-        "mix_unheard": ("both found in a mixture of two files", "two single clips mixed as generate.py --audio A B does, of "
+        "mix_unheard": ("both found in a mixture of two files", "two single clips at one level, mixed as generate.py --audio A B does, of "
                         "pairs never heard", 2 / (k * (k - 1)) if k > 1 else None)}
     lower = ("median_rank", "cmmd")
     return {name: {"title": title, "about": text, "chance": chance, "higher_is_better": name not in lower}
@@ -412,7 +412,9 @@ def diversity(judged: Judged, subject: Subject, right, seeds: int) -> dict:
 
 
 def mixtures(judged: Judged, subject: Subject) -> tuple[tuple, list] | None:
-    """Two single clips of a pair that training never heard, mixed as generate.py --audio A B: are both found?"""
+    """Two single clips of a pair that training never heard, at one level (RMS) and mixed as generate.py --audio A B --weights
+    does: are both found? (Of sounds 20 dB apart nobody would hear both.)"""
+    import numpy as np
     import torch
     from tqdm import tqdm
 
@@ -429,7 +431,10 @@ def mixtures(judged: Judged, subject: Subject) -> tuple[tuple, list] | None:
 
     def waveform(i: int):
         return data.load_waveform(clips.rows[i].audio_path, encoder.sampling_rate, encoder.window_s)[0]
-    embeds = torch.cat([encoder([generate.mix([waveform(i), waveform(j)], [1.0, 1.0])])
+
+    def mixed(*waveforms):
+        return generate.mix(waveforms, [1 / max(data.SILENT_PEAK, float(np.sqrt(np.mean(x ** 2)))) for x in waveforms])
+    embeds = torch.cat([encoder([mixed(waveform(i), waveform(j))])
                         for i, j in tqdm(jobs, desc=f"{subject.run}: mixing", unit="mix", leave=False)])
     images = subject.pictures("mix", embeds, [subject.args.seed + 200_000 + k for k in range(len(jobs))])
     truth = [{clips.classes.index(clips.kinds[i][0]) for i in job} for job in jobs]

@@ -198,11 +198,11 @@ def _draw_applause(pen: Pen, count: int, rng: np.random.Generator) -> None:
         pen.polygon(sleeve, *turn((-0.32, 0.32), (0.28, 0.32), (0.32, 0.68), (-0.36, 0.68)))
     hand(-1, (255, 196, 140), (222, 140, 88), (214, 40, 60))
     hand(1, (255, 196, 140), (222, 140, 88), (30, 120, 120))
-    pen.fan((240, 90, 20), 0, 0.15, -90 + _spread(count, -62, 62), 0.86, 1.13, pen.mark)
+    pen.fan((240, 90, 20), 0, 0.15, -90 + _spread(count, -66, 66), 0.88, 1.06, max(0.22, 1.3 * pen.mark))
 
 
 def _draw_siren(pen: Pen, count: int, rng: np.random.Generator) -> None:
-    pen.fan((255, 150, 0), 0, 0.28, -90 + _spread(count, -74, 74), 0.8, 1.04, max(0.2, pen.mark))
+    pen.fan((255, 150, 0), 0, 0.28, -90 + _spread(count, -74, 74), 0.8, 1.02, max(0.24, 1.3 * pen.mark))
     pen.pie((226, 16, 40), 0, 0.4, 0.56, 0.76, 180, 360)
     pen.polygon((226, 16, 40), (-0.56, 0.38), (0.56, 0.38), (0.56, 0.6), (-0.56, 0.6))
     pen.stroke((255, 150, 160), 0.16, (-0.32, 0.32), (-0.28, 0.06), (-0.14, -0.1))
@@ -222,7 +222,7 @@ def _draw_helicopter(pen: Pen, count: int, rng: np.random.Generator) -> None:
     pen.stroke(dark, 0.13, (-0.3, 0.52), (0.8, 0.52), (0.92, 0.4))
     for x in _spread(count, -0.85, 0.85):
         slant = 0.06 * float(rng.random())
-        pen.stroke((150, 146, 160), pen.mark, (float(x), 0.74), (float(x) - slant, 0.95))
+        pen.stroke((20, 90, 220), max(0.22, 1.2 * pen.mark), (float(x), 0.78), (float(x) - slant, 0.9))
 
 
 def _draw_dog_barking(pen: Pen, count: int, rng: np.random.Generator) -> None:
@@ -236,13 +236,13 @@ def _draw_dog_barking(pen: Pen, count: int, rng: np.random.Generator) -> None:
     pen.ellipse((20, 16, 16), 0.3, -0.36, 0.15, 0.13)
     pen.ellipse((20, 16, 16), -0.2, -0.46, 0.09)
     pen.polygon(dark, (-0.5, -0.78), (-0.74, -0.72), (-1.0, -0.2), (-0.94, 0.22), (-0.72, 0.26), (-0.5, -0.1))
-    pen.fan((236, 80, 20), -0.1, 0.08, _spread(count, -62, 62), 0.85, 1.08, pen.mark)
+    pen.fan((236, 80, 20), -0.1, 0.08, _spread(count, -66, 66), 0.84, 1.0, max(0.22, 1.3 * pen.mark))
 
 
 def _draw_rain(pen: Pen, count: int, rng: np.random.Generator) -> None:
     pink, light, blue = (206, 30, 130), (246, 110, 180), (20, 110, 230)
     for x in _spread(count, -0.8, 0.8):
-        x, y, r = float(x), -0.68 + 0.06 * float(rng.uniform(-1, 1)), max(0.15, 0.55 * pen.mark)
+        x, y, r = float(x), -0.66 + 0.04 * float(rng.uniform(-1, 1)), max(0.19, 0.66 * pen.mark)
         pen.ellipse(blue, x, y, r)
         pen.polygon(blue, (x - 0.92 * r, y - 0.4 * r), (x, y - 2.1 * r), (x + 0.92 * r, y - 0.4 * r))
     pen.stroke((70, 40, 40), 0.14, (0, 0.2), (0, 0.8), (0.08, 0.9), (0.22, 0.9), (0.3, 0.78))
@@ -251,10 +251,10 @@ def _draw_rain(pen: Pen, count: int, rng: np.random.Generator) -> None:
 
 
 def _draw_glass_breaking(pen: Pen, count: int, rng: np.random.Generator) -> None:
-    edge, fill = (0, 112, 124), (150, 238, 232)
+    edge, fill, wine = (0, 112, 124), (150, 238, 232), (206, 24, 70)
     for x in _spread(count, -0.8, 0.8):
-        y, r, turn = -0.78 + 0.3 * x * x, max(0.2, 0.66 * pen.mark), rng.uniform(-0.4, 0.4)
-        pen.polygon(edge, *((x + r * np.sin(a + turn), y - r * np.cos(a + turn)) for a in (0, 2.2, 4.0)))
+        y, r, turn = -0.76 + 0.2 * x * x, max(0.25, 0.85 * pen.mark), rng.uniform(-0.3, 0.3)
+        pen.polygon(wine, *((x + r * np.sin(a + turn), y - r * np.cos(a + turn)) for a in (0, 2.2, 4.0)))
     bowl = ((-0.68, -0.3), (-0.44, -0.02), (-0.2, -0.36), (0.08, 0.02), (0.34, -0.38), (0.66, -0.16),
             (0.56, 0.22), (0.24, 0.5), (-0.24, 0.5), (-0.58, 0.22))
     pen.polygon(fill, *bowl)
@@ -266,9 +266,9 @@ def _draw_glass_breaking(pen: Pen, count: int, rng: np.random.Generator) -> None
 
 def _draw_engine(pen: Pen, count: int, rng: np.random.Generator) -> None:
     body, dark, glass = (246, 196, 20), (34, 34, 40), (70, 120, 166)
-    trail = ((-0.82, 0.28), (-0.8, -0.16), (-0.62, -0.56), (-0.24, -0.8), (0.2, -0.84))
+    trail = ((-0.8, 0.24), (-0.78, -0.2), (-0.56, -0.58), (-0.14, -0.78), (0.3, -0.78))
     for x, y in trail[:count]:
-        pen.ellipse((124, 124, 132), x, y + 0.03 * float(rng.uniform(-1, 1)), max(0.17, 0.6 * pen.mark))
+        pen.ellipse((70, 66, 80), x, y + 0.03 * float(rng.uniform(-1, 1)), max(0.2, 0.7 * pen.mark))
     pen.polygon(body, (-0.4, 0.3), (-0.2, -0.22), (0.46, -0.22), (0.74, 0.3))
     pen.polygon(glass, (-0.22, 0.22), (-0.1, -0.08), (0.08, -0.08), (0.08, 0.22))
     pen.polygon(glass, (0.22, 0.22), (0.22, -0.08), (0.4, -0.08), (0.56, 0.22))

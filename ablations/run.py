@@ -3,9 +3,10 @@
     python ablations/run.py                        # all of them; what is done is skipped
     python ablations/run.py --only tokens-1 ema    # these, and the default they are compared with
 
-A variant is trained through the stages named in VARIANTS and judged after the last of them, against the default after the
-same stage. Clips of all seeds are pooled; differences are paired by (seed, clip). Writes ablations/results.json and
-ablations/results.md. `appended` is train_stage1.py copied and changed by appended.patch.
+default.json is configs/tiny.json with fewer steps, so that all of it takes about an hour; every other config differs from it in
+the one thing it asks about. A variant is trained through the stages named in VARIANTS and judged after the last of them,
+against the default after the same stage. Clips of all seeds are pooled; differences are paired by (seed, clip). Writes
+ablations/results.json and ablations/results.md. `appended` is train_stage1.py copied and changed by appended.patch.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ VARIANTS = {
     "caption-drop-0": ("captions never dropped, instead of half", (1,), None),
     "caption-drop-1": ("captions always dropped", (1,), None),
     "min-snr-5": ("Min-SNR 5 loss weights instead of the plain loss", (1,), None),
-    "windows-4": ("four CLAP windows a clip instead of one", (1,), None),
+    "windows-2": ("two CLAP windows a clip (of 8 s) instead of one", (1,), None),
     "appended": ("audio tokens appended to the text tokens, instead of attended apart", (1,), None),
     "no-lora": ("stage 2 without LoRA: the adapter alone trains on", (2,), None),
     "ema": ("stage 2 with EMA 0.99", (2,), None),
@@ -51,7 +52,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seeds", nargs="+", type=Number(int, 0), default=[0, 1, 2], help="training seeds")
     add("--clips", type=Number(int, 2), default=100, help="test clips judged, evenly spread over the split")
     add("--out", default="runs/ablations", help="folder of the runs")
-    add("--config", default="configs/tiny.json", help="config of the default; a variant's stands in ablations/")
     return parser
 
 
@@ -67,20 +67,51 @@ def copy_and_patch(script: Path) -> None:
     subprocess.run(["git", "apply", HERE / "appended.patch"], cwd=script.parent, check=True)
 
 
+def make_long_world(world: Path, out: Path) -> None:
+    """The world with training clips of 8 s: after each clip the same sources once more, as another take of them."""
+    import io
+
+    import numpy as np
+    import soundfile
+
+    import sound_world
+    if (out / "metadata.jsonl").exists():
+        return
+    for kind in ("audio", "images"):
+        (out / kind).mkdir(parents=True, exist_ok=True)
+    lines = []
+    for line in (world / "metadata.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if row["split"] == "test":
+            continue
+        waveform, rate = soundfile.read(world / row["audio_file_name"], dtype="float32")
+        if row["split"] == "train":
+            sources = tuple(sound_world.Source(**source) for source in row["properties"]["sources"])
+            state = sound_world.State(sources, row["properties"]["density"], 2 ** 31 + len(lines))
+            waveform = np.concatenate([waveform, sound_world.synthesise(state)])
+        sound = io.BytesIO()
+        soundfile.write(sound, waveform, rate, format="WAV")
+        write_atomic(out / row["audio_file_name"], sound.getvalue())
+        write_atomic(out / row["image_file_name"], (world / row["image_file_name"]).read_bytes())
+        lines.append(line)
+    write_atomic(out / "metadata.jsonl", ("\n".join(lines) + "\n").encode())
+
+
 def train(name: str, seed: int, stages: tuple, out: Path, config: str, default: Path | None = None) -> Path:
     """Train a variant through its stages; returns the folder of the last one."""
-    run, common_flags = out / f"{name}-{seed}", ("--config", config, "--seed", seed, "--samples", 0)
+    run = out / f"{name}-{seed}"
     for stage in stages:
         script, more = f"train_stage{stage}.py", []
         if name == "appended":
             script = "train_appended.py"
             copy_and_patch(HERE.parent / script)
             more = ["--name", "stage1"]
+        if name == "windows-2":
+            make_long_world(Path(read_json(config)["common"]["data_root"]), out / "long")
+            more = ["--data-root", out / "long"]
         if stage == 2 and stages[0] == 2:
             more = ["--init-from", default / "stage1"]
-        if stage == 3:
-            more = ["--steps", 100, "--min-steps", 100]  # as long for every pin: where does the gate go by itself?
-        call(script, *common_flags, "--run", run, *more)
+        call(script, "--config", config, "--seed", seed, "--run", run, *more)
         if name == "appended":
             (HERE.parent / script).unlink()
     return run / f"stage{stages[-1]}"
@@ -178,7 +209,8 @@ def to_markdown(results: dict, args: argparse.Namespace) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    out, settings = Path(args.out), read_json(args.config)["common"]
+    default = str(HERE / "default.json")
+    out, settings = Path(args.out), read_json(default)["common"]
     import numpy as np
 
     import evaluate
@@ -186,7 +218,7 @@ def main(argv: list[str] | None = None) -> None:
     from judge import Judge
     defaults = {seed: out / f"{DEFAULT}-{seed}" for seed in args.seeds}
     for seed in args.seeds:
-        train(DEFAULT, seed, (1, 2, 3), out, args.config)
+        train(DEFAULT, seed, (1, 2, 3), out, default)
     judged = evaluate.Judged(Judge("assets/tiny/judge"),
                              evaluate.Clips(settings["data_root"], "test", args.clips, settings["image_size"]))
 
@@ -207,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
         for seed in args.seeds:
             folder = defaults[seed] / "stage3"
             if stages:
-                folder = train(name, seed, stages, out, f"ablations/{name}.json", defaults[seed])
+                folder = train(name, seed, stages, out, str(HERE / f"{name}.json"), defaults[seed])
             result = read_json(folder / "result.json")
             at = gate
             if gate == "minimum":

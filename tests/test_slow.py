@@ -23,24 +23,25 @@ def test_killed_and_terminated_at_three_random_steps_each(stage, config, run, tm
 
 
 def test_ablations_run_small(world, tmp_path):
-    """The driver on the small world: a config's variant, the patched copy, stage 2 without LoRA, a gate; then once more."""
+    """The driver on the small world: a config's variant, clips of 8 s, the patched copy, stage 2 without LoRA, a gate; then once more."""
     from conftest import ROOT
     place = tmp_path / "copy"
     shutil.copytree(ROOT, place, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "data", "cache", "__pycache__"))
-    for path in [place / "configs/tiny.json", *(place / "ablations").glob("*-*.json"), place / "ablations/appended.json",
-                 place / "ablations/ema.json"]:
+    for path in (place / "ablations").glob("*.json"):
+        if path.stem == "results":
+            continue
         config = json.loads(path.read_text())
         config["common"] |= {"data_root": str(world), "batch_size": 4, "val_draws": 1}
         for stage in ("stage1", "stage2", "stage3"):
             config[stage] |= {"steps": 3}
         path.write_text(json.dumps(config))
-    command = [sys.executable, "ablations/run.py", "--seeds", "0", "--clips", "10", "--only", "tokens-1", "appended", "no-lora",
-               "gate-0"]
+    command = [sys.executable, "ablations/run.py", "--seeds", "0", "--clips", "10", "--only", "tokens-1", "windows-2",
+               "appended", "no-lora", "gate-0"]
     for _ in range(2):
         done = ok(subprocess.run(command, cwd=place, capture_output=True, text=True))
-    assert done.stdout.count("already complete") == 6
+    assert done.stdout.count("already complete") == 7
     results = json.loads((place / "ablations/results.json").read_text())
-    assert list(results["variants"]) == ["tokens-1", "appended", "no-lora", "gate-0"]
+    assert list(results["variants"]) == ["tokens-1", "windows-2", "appended", "no-lora", "gate-0"]
     assert results["variants"]["gate-0"]["tanh_gate"] == [0.0]
     assert results["variants"]["tokens-1"]["measures"]["iis_cosine"]["difference"][0] != 0
 

@@ -121,6 +121,26 @@ def test_the_ablation_that_appends_tokens_is_a_copy_and_a_small_patch(tmp_path):
     assert len(set(new.splitlines()) - set(old.splitlines())) <= 8
 
 
+def test_each_ablation_differs_from_the_default_in_what_it_asks_about():
+    """And the ablations' default from the shipped one in the length of training alone."""
+    def flat(path) -> dict:
+        sections = json.loads(path.read_text())
+        return {(section, key): value for section in ("common", "stage1", "stage2", "stage3")
+                for key, value in sections[section].items()}
+
+    def differing(a: dict, b: dict) -> set:
+        return {key for _, key in {k for k in a.keys() | b.keys() if a.get(k) != b.get(k)}}
+    default, tiny = flat(ROOT / "ablations/default.json"), flat(ROOT / "configs/tiny.json")
+    assert differing(default, tiny) == {"steps", "min_steps", "validate_every", "save_every", "samples", "run"}
+    expected = {"tokens": {"num_tokens"}, "caption": {"caption_drop", "audio_drop", "both_drop"}, "min": {"min_snr_gamma"},
+                "windows": {"windows"}, "appended": set(), "no": {"lora_rank"}, "ema": {"ema_decay"}, "pinned": {"strength"}}
+    configs = [path for path in (ROOT / "ablations").glob("*.json") if path.stem not in ("default", "results")]
+    assert len(configs) == 12
+    for path in configs:
+        assert differing(flat(path), default) <= expected[path.stem.split("-")[0]], path
+        assert path.stem == "appended" or differing(flat(path), default), path
+
+
 def test_options_work_together(config, run, tmp_path):
     """Accumulation, EMA, bf16-held UNet, flips, windows, early stop, pictures on the way."""
     done = ok(script("train_stage1.py", "--config", config, "--run", tmp_path, "--steps", 6, "--accumulation", 2,
