@@ -135,7 +135,7 @@ def test_each_ablation_differs_from_the_default_in_what_it_asks_about():
     expected = {"tokens": {"num_tokens"}, "caption": {"caption_drop", "audio_drop", "both_drop"}, "min": {"min_snr_gamma"},
                 "windows": {"windows"}, "appended": set(), "no": {"lora_rank"}, "ema": {"ema_decay"}, "pinned": {"strength"}}
     configs = [path for path in (ROOT / "ablations").glob("*.json") if path.stem not in ("default", "results")]
-    assert len(configs) == 12
+    assert len(configs) == 13
     for path in configs:
         assert differing(flat(path), default) <= expected[path.stem.split("-")[0]], path
         assert path.stem == "appended" or differing(flat(path), default), path

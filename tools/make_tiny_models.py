@@ -51,8 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--vae-steps", type=Number(int, 1), default=4400, help="steps: three quarters on 16 crops, the rest on 8 scenes")
     add("--unet-steps", type=Number(int, 1), default=4800, help="UNet, first part: steps of 32 latents")
     add("--layout-steps", type=Number(int, 1), default=1000, help="UNet, later parts: the noisiest timesteps, then half as many again")
-    add("--detail-steps", type=Number(int, 1), default=1600, help="UNet, last parts: the middle timesteps, three times")
-    add("--clap-steps", type=Number(int, 1), default=3600, help="steps of 32 clips")
+    add("--detail-steps", type=Number(int, 1), default=1600, help="UNet, last parts: the middle timesteps, five times")
+    add("--clap-steps", type=Number(int, 1), default=6000, help="steps of 32 clips and 16 mixtures")
     add("--judge-steps", type=Number(int, 1), default=2000, help="steps of 64 pictures")
     add("--smoke", action="store_true", help="a few steps of each: folders and shapes only")
     return parser
@@ -60,10 +60,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 # --- examples ---------------------------------------------------------------------------------------------------------
 
-def example(seed: int, part: int, i: int) -> tuple[world.State, np.random.Generator]:
-    """Example i of a part: its state (pairs of every kind, a third of the examples) and a generator for its captions."""
+def example(seed: int, part: int, i: int, pairs: float = 0.35) -> tuple[world.State, np.random.Generator]:
+    """Example i of a part: its state (a share `pairs` holds two sounds, of every kind) and a generator for its captions."""
     rng = np.random.default_rng([seed, part, i])
-    return world.draw_state(rng, pairs=0.35, allow_unheard=True), rng
+    return world.draw_state(rng, pairs=pairs, allow_unheard=True), rng
 
 
 def _picture(key: tuple[int, int, int]):
@@ -80,7 +80,7 @@ def _scene(key: tuple[int, int, int]):
 
 def _sound(key: tuple[int, int, int]):
     """One clip as 16-bit samples, four captions, presence (10,) and properties (31,) with NaN where nothing sounds."""
-    state, rng = example(*key)
+    state, rng = example(*key, pairs=0.5)
     presence, properties = np.zeros(10, np.float32), np.full(31, np.nan, np.float32)
     for source in state.sources:
         c = world.CLASSES.index(source.label)
@@ -157,7 +157,7 @@ def make_base(out: Path, args: argparse.Namespace) -> dict:
     UNet and text encoder learn in parts. After the first, at the usual captions and even timesteps, a caption sets the
     class, the size and the sky, but neither height nor count: captions seldom name them, a layout is decided at the few
     noisiest timesteps, and marks in the middle. So in the later parts two of three captions say everything, and
-    timesteps are drawn more often from there: first from the noisy end, then, three times over, from the middle.
+    timesteps are drawn more often from there: first from the noisy end, then, five times over, from the middle.
     """
     import torch
     import torch.nn.functional as F
@@ -250,7 +250,7 @@ def make_base(out: Path, args: argparse.Namespace) -> dict:
 
     seconds["unet"] = 0.0
     for steps, *how in ((args.unet_steps, 0, 4, 0, 1000, 0.0), (args.layout_steps, 2, 8, 800, 1000, 0.6),
-                        (args.layout_steps * 3 // 2, 2, 8, 500, 1000, 0.6), *[(args.detail_steps, 2, 8, 300, 700, 0.7)] * 3):
+                        (args.layout_steps * 3 // 2, 2, 8, 500, 1000, 0.6), *[(args.detail_steps, 2, 8, 300, 700, 0.7)] * 5):
         ema = EMAModel(parameters, decay=0.998)
         seconds["unet"] += train("UNet", parameters, unet_loss(*how), steps, 1.5e-3, ema)
         ema.copy_to(parameters)
@@ -281,24 +281,43 @@ def make_clap(out: Path, args: argparse.Namespace) -> dict:
                           hidden_size=96, depths=[1, 1, 2], num_attention_heads=[2, 4, 8], enable_fusion=False,
                           attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0),
         projection_dim=512))
-    heads = torch.nn.ModuleDict({"presence": torch.nn.Linear(512, 10), "properties": torch.nn.Linear(512, 31)})
+    axes = torch.linalg.qr(torch.randn(512, 41))[0]  # orthonormal columns: ten of presence, 31 of properties
     ids = encode_text(tokenizer, [c for four in captions for c in four]).view(-1, 4, L)
+
+    single = np.flatnonzero(presence.sum(1) == 1)
+    loudness = properties[:, :30].view(-1, 10, 3)[..., 0].nan_to_num().sum(1).numpy()[single]
+    kinds = presence.argmax(1).numpy()[single]
+
+    def mixes():
+        """16 sums of two single sounds as one microphone would hear them: powers add. Their captions are nobody's."""
+        a, b = rng.integers(len(single), size=(2, 128))
+        fits = (kinds[a] != kinds[b]) & (abs(loudness[a] - loudness[b]) <= world.PAIR_LOUDNESS)
+        a, b = single[a[fits][:16]], single[b[fits][:16]]
+        power = 10 ** (features[a].float() / 10) + 10 ** (features[b].float() / 10)
+        both = torch.where(properties[a].isnan(), properties[b], properties[a])
+        both[:, 30] = torch.nan
+        return 10 * power.log10(), presence[a] + presence[b], both
 
     def clap_loss(step: int):
         i = rng.integers(len(features), size=32)
         text = ids[i, rng.integers(4, size=32)]
+        sounds, present, values = mixes()
         output = model(input_ids=text, attention_mask=(text != tokenizer.pad_token_id).long(),
                        input_features=features[i].float())
+        mixed = model.get_audio_features(input_features=sounds).pooler_output
+        present, values = torch.cat([presence[i], present]), torch.cat([properties[i], values])
         same = (text[:, None] == text[None]).all(-1).float()  # equal captions are no negatives of each other
         target = same / same.sum(1, keepdim=True)
         loss = (F.cross_entropy(output.logits_per_audio, target) + F.cross_entropy(output.logits_per_text, target)) / 2
-        embeds = F.normalize(output.audio_embeds, dim=-1) * math.sqrt(512)
-        loss = loss + F.binary_cross_entropy_with_logits(heads["presence"](embeds), presence[i])
-        known = ~properties[i].isnan()
-        return loss + 4 * (heads["properties"](embeds)[known] - properties[i][known]).square().mean()
+        # Every class and property has a fixed direction of its own, so that two sounds add up and no property is lost in
+        # a corner of the space: present is 8 along its direction and absent 0, a property runs from -4 to 4.
+        along = F.normalize(torch.cat([output.audio_embeds, mixed]), dim=-1) * math.sqrt(512) @ axes
+        loss = loss + 4 * F.binary_cross_entropy_with_logits(along[:, :10] - 4, present)
+        known = ~values.isnan()
+        return loss + 8 * (along[:, 10:] / 8 + 0.5 - values)[known].square().mean()
 
     model.train()
-    seconds = train("CLAP", [*model.parameters(), *heads.parameters()], clap_loss, args.clap_steps, 1.5e-3)
+    seconds = train("CLAP", model.parameters(), clap_loss, args.clap_steps, 1.5e-3)
     model.eval().save_pretrained(out)
     tokenizer.save_pretrained(out)
     _extractor().save_pretrained(out)
