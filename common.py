@@ -277,6 +277,12 @@ def trainable_parameters(weights: dict) -> list[nn.Parameter]:
     return [p for part in parts for p in part if p.requires_grad]
 
 
+def parameter_groups(weights: dict, **scales: float) -> list[dict]:
+    """The trainable parameters as an optimizer's groups, one a part, each with the `lr_scale` given for it, or 1."""
+    groups = [{"params": trainable_parameters({name: part}), "lr_scale": scales.get(name, 1.0)} for name, part in weights.items()]
+    return [group for group in groups if group["params"]]
+
+
 def check_dims(unet: nn.Module, data) -> None:
     """Raises UserError if the cached features do not fit the UNet; both sides are named."""
     text_dim, width = data.empty_text_embeds.shape[-1], unet.config.cross_attention_dim

@@ -40,6 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
     # learning
     add("--steps", type=Number(int, 1), default=7000, help="optimizer steps")
     add("--learning-rate", type=Number(float, 0, 1), default=5e-5, help="peak learning rate of AdamW")
+    add("--projection-lr-scale", type=Number(float, 0, 1), default=1.0,
+        help="the projection's learning rate as a share of it: its inputs are large, so it may need a smaller one")
     add("--weight-decay", type=Number(float, 0, 1), default=0.01, help="AdamW's weight decay (0 = none)")
     add("--warmup-share", type=Number(float, 0, 1), default=0.1, help="share of steps in linear warm-up")
     add("--clip", type=Number(float, 1e-6), default=0.5, help="largest gradient norm")
@@ -130,7 +132,8 @@ def main(argv: list[str] | None = None) -> None:
     # optimizer and everything that is saved and loaded
     weights = {"audio_proj": audio_proj, "audio_attn": audio_attn, "lora": common.LoraWeights(unet)}
     parameters = common.trainable_parameters(weights)
-    optimizer = torch.optim.AdamW(parameters, lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
+    groups = common.parameter_groups(weights, audio_proj=cfg.projection_lr_scale)
+    optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
     ema = common.make_ema(parameters, cfg.ema_decay)
     progress = runs.Progress()
     objects = {**weights, "optimizer": optimizer, "progress": progress, **({"ema": ema} if ema else {})}
@@ -177,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
             unet.train()
             began = time.perf_counter()
             for group in optimizer.param_groups:
-                group["lr"] = lr_at(step, cfg)
+                group["lr"] = lr_at(step, cfg) * group["lr_scale"]
             optimizer.zero_grad(set_to_none=True)
             total, sample_ids = 0.0, []
             for micro in range(cfg.accumulation):

@@ -61,6 +61,13 @@ def test_the_commands_are_found():
     assert len(COMMANDS) >= 14 and COMMANDS[0] == "bash run_all_stages.sh" and COMMANDS[1] == "bash run_tests.sh"
 
 
+def test_the_tables_are_what_their_sources_say():
+    """Of the sources that are in the repository; the tool says which table differs, and would have written it."""
+    command = [sys.executable, "tools/make_readme.py", "--check", "--only", "small-models", "ablations"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "differ: none" in done.stdout, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_readme_command(command, copy):
     if command.startswith("sudo apt-get"):

@@ -1,15 +1,16 @@
-"""Write the README's tables from the files that the runs left, so that no figure in them is typed by hand.
+"""Write the README's tables and pictures from the files that the runs left, so that no figure in them is typed by hand.
 
-    python tools/readme_tables.py                 # every block whose sources are there
-    python tools/readme_tables.py --check         # exit code 1 where the README differs from its sources
+    python tools/make_readme.py                   # every block and picture whose sources are there
+    python tools/make_readme.py --check           # exit code 1 where a table differs from its source; changes nothing
 
 A block stands between `<!-- NAME -->` and `<!-- end -->`. Sources: runs/tiny and runs/tuxpaint (stages and evaluation),
-ablations/results.md, assets/tiny/report.json.
+ablations/results.md, assets/tiny/report.json; docs/world.png is drawn here.
 """
 
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -88,6 +89,25 @@ BLOCKS = {"stages": (stages, "runs/tiny"), "evaluation": (evaluation, "runs/tiny
           "ablations": (lambda path: path.read_text().splitlines(), "ablations/results.md")}
 
 
+PICTURES = {"samples.png": "runs/tiny/samples.png", "sweep.png": "runs/tiny/stage3/sweep.png",
+            "tuxpaint.png": "runs/tuxpaint/samples.png"}
+
+
+def draw_world(path: Path) -> None:
+    """Three scenes of each class, and ten of two sounds."""
+    import numpy as np
+    from PIL import Image
+
+    import sound_world as world
+    labels = [(c,) for _ in range(3) for c in world.CLASSES] + [(c, world.CLASSES[(i + 4) % 10]) for i, c in enumerate(world.CLASSES)]
+    page = Image.new("RGB", (10 * 100 - 4, 4 * 100 - 4), "white")
+    for i, names in enumerate(labels):
+        names = tuple(sorted(names, key=world.CLASSES.index))
+        scene = world.draw_scene(world.draw_state(np.random.default_rng([9, i]), names))
+        page.paste(scene.resize((96, 96), Image.Resampling.BICUBIC), (i % 10 * 100, i // 10 * 100))
+    page.save(path, optimize=True)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = new_parser(__doc__)
     parser.add_argument("--only", nargs="+", choices=[*BLOCKS], default=[*BLOCKS], help="blocks to write or check")
@@ -107,9 +127,13 @@ def main(argv: list[str] | None = None) -> None:
             text = text[:found.start(2)] + block + text[found.end(2):]
     print("differ: " + (", ".join(differing) or "none"))
     if args.check and differing:
-        raise RunFailed(f"README.md: {', '.join(differing)} differ from their sources; run python tools/readme_tables.py")
+        raise RunFailed(f"README.md: {', '.join(differing)} differ from their sources; run python tools/make_readme.py")
     if not args.check:
         write_atomic(readme, text.encode())
+        draw_world(ROOT / "docs/world.png")
+        for name, source in PICTURES.items():
+            if (ROOT / source).exists():
+                shutil.copy(ROOT / source, ROOT / "docs" / name)
 
 
 if __name__ == "__main__":
