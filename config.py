@@ -305,6 +305,9 @@ def run_main(main) -> None:
     if message:
         sys.stdout.flush()
         print(message, file=sys.stderr, flush=True)
+    if "multiprocessing" in sys.modules:  # loader workers ignore SIGTERM, with which Python would end them and then wait
+        for child in sys.modules["multiprocessing"].active_children():
+            child.kill()
     sys.exit(code)
 
 

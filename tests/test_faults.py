@@ -228,3 +228,27 @@ def test_help_answers_at_once(name):
     done = ok(script(name, "--help"))
     assert "usage:" in done.stdout and time.time() - began < 1.0
     assert not done.stderr
+
+
+@pytest.mark.parametrize("ending, code", [("pass", 0), ("raise config.RunFailed('it broke')", 1)])
+def test_a_worker_that_ignores_signals_does_not_keep_a_finished_program_alive(ending, code):
+    """Python ends its children with SIGTERM and waits; a stage whose loader was still open once waited for ever."""
+    program = f"""
+import multiprocessing, signal, time
+import config
+def ignore(ready):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ready.set()
+    time.sleep(600)
+def main():
+    ready = multiprocessing.Event()
+    child = multiprocessing.Process(target=ignore, args=(ready,), daemon=True)
+    child.start()
+    ready.wait()
+    print(child.pid)
+    {ending}
+config.run_main(main)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stderr
+    assert not Path(f"/proc/{int(done.stdout)}").exists()

@@ -417,7 +417,7 @@ def test_the_map_stands_where_the_drawn_object_stands(tmp_path):
     if not run:
         world, run = tmp_path / "world", tmp_path / "run"
         ok(script("prepare_data.py", "world", "--out", world))
-        ok(script("train_stage1.py", "--run", run, "--data-root", world, "--cache-dir", tmp_path / "cache"))
+        ok(script("train_stage1.py", "--run", run, "--data-root", world, "--cache-dir", tmp_path / "cache", "--steps", 800))
     rows = [json.loads(line) for line in (world / "metadata.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row["split"] == "test" and "+" not in row["label"]][:48]
     ok(script("generate.py", "--run", run, "--steps", 12, "--each", "--attention-map", "--out", tmp_path / "o.png",

@@ -151,8 +151,12 @@ def test_options_work_together(config, run, tmp_path):
     assert result["ended"] == "no improvement in 2 validations" and result["steps"] == 2
     assert (tmp_path / "stage1/samples-00000001.png").exists() and any((tmp_path / "boards").rglob("events*"))
     assert "effective batch 8 (4 x 2), EMA 0.9" in done.stdout
-    done = ok(script("train_stage1.py", "--config", config, "--run", tmp_path / "b", "--steps", 1, "--precision", "fp32"))
+    done = ok(script("train_stage1.py", "--config", config, "--run", tmp_path / "b", "--steps", 1, "--precision", "fp32",
+                     "--projection-lr-scale", 0))
     assert "fp32 autocast" in done.stdout
+    first, last = (runs.read_checkpoint(tmp_path / f"b/stage1/checkpoints/step-{n:08d}.safetensors")[1] for n in (0, 1))
+    moved = {key.split(".")[0] for key in first if key.startswith("audio_") and not torch.equal(first[key], last[key])}
+    assert moved == {"audio_attn"}  # the projection's learning rate is 0
     done = script("train_stage1.py", "--config", config, "--precision", "fp32", "--frozen-dtype", "bf16")
     assert done.returncode == 2 and "--frozen-dtype bf16 needs --precision bf16" in done.stderr
 
