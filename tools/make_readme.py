@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     text = readme.read_text()
     for name in args.only:
         write, source = BLOCKS[name]
-        found = re.search(rf"(<!-- {name} -->\n)(.*?)(<!-- end -->)", text, re.S)
+        found = re.search(rf"(<!-- {name} -->\n)((?:(?!<!--).)*)(<!-- end -->)", text, re.S)
         if not found or not (ROOT / source).exists():
             print(f"{name}: " + ("no such block in README.md" if not found else f"{source} is not there"))
             continue
