@@ -3,7 +3,7 @@
     python ablations/run.py                        # all of them; what is done is skipped
     python ablations/run.py --only tokens-1 ema    # these, and the default they are compared with
 
-default.json is configs/tiny.json with fewer steps, so that all of it takes about an hour; every other config differs from it in
+default.json is configs/tiny.json with fewer steps; every other config differs from it in
 the one thing it asks about. A variant is trained through the stages named in VARIANTS and judged after the last of them,
 against the default after the same stage. Clips of all seeds are pooled; differences are paired by (seed, clip). Writes
 ablations/results.json and ablations/results.md. `appended` is train_stage1.py copied and changed by appended.patch.
@@ -98,9 +98,9 @@ def make_long_world(world: Path, out: Path) -> None:
     write_atomic(out / "metadata.jsonl", ("\n".join(lines) + "\n").encode())
 
 
-def train(name: str, seed: int, stages: tuple, out: Path, config: str, default: Path | None = None) -> Path:
+def train(name: str, seed: int, stages: tuple, out: Path, default: Path | None = None) -> Path:
     """Train a variant through its stages; returns the folder of the last one."""
-    run = out / f"{name}-{seed}"
+    run, config = out / f"{name}-{seed}", HERE / f"{name}.json"
     for stage in stages:
         script, more = f"train_stage{stage}.py", []
         if name == "appended":
@@ -210,8 +210,7 @@ def to_markdown(results: dict, args: argparse.Namespace) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    default = str(HERE / "default.json")
-    out, settings = Path(args.out), read_json(default)["common"]
+    out, settings = Path(args.out), read_json(HERE / "default.json")["common"]
     import numpy as np
 
     import evaluate
@@ -219,7 +218,7 @@ def main(argv: list[str] | None = None) -> None:
     from judge import Judge
     defaults = {seed: out / f"{DEFAULT}-{seed}" for seed in args.seeds}
     for seed in args.seeds:
-        train(DEFAULT, seed, (1, 2, 3), out, default)
+        train(DEFAULT, seed, (1, 2, 3), out)
     judged = evaluate.Judged(Judge("assets/tiny/judge"),
                              evaluate.Clips(settings["data_root"], "test", args.clips, settings["image_size"]))
 
@@ -240,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
         for seed in args.seeds:
             folder = defaults[seed] / "stage3"
             if stages:
-                folder = train(name, seed, stages, out, str(HERE / f"{name}.json"), defaults[seed])
+                folder = train(name, seed, stages, out, defaults[seed])
             result = read_json(folder / "result.json")
             at = gate
             if gate == "minimum":
