@@ -413,7 +413,8 @@ def diversity(judged: Judged, subject: Subject, right, seeds: int) -> dict:
 
 def mixtures(judged: Judged, subject: Subject) -> tuple[tuple, list] | None:
     """Two single clips of a pair that training never heard, at one level (RMS) and mixed as generate.py --audio A B --weights
-    does: are both found? (Of sounds 20 dB apart nobody would hear both.)"""
+    does: are both found? (Of sounds 20 dB apart nobody would hear both.) Where the data say how high a sound is, one is
+    low and the other high, as in the sound world's own pairs."""
     import numpy as np
     import torch
     from tqdm import tqdm
@@ -422,12 +423,20 @@ def mixtures(judged: Judged, subject: Subject) -> tuple[tuple, list] | None:
     import generate
     import metrics
     clips, encoder = judged.clips, subject.encoder
-    of_class = {name: [i for i in clips.single if clips.kinds[i][0] == name] for name in clips.classes}
+
+    def of_class(name: str, high: bool) -> list[int]:
+        found = [i for i in clips.single if clips.kinds[i][0] == name]
+        pitches = {i: clips.rows[i].properties["sources"][0]["pitch"] for i in found if clips.rows[i].properties}
+        return [i for i in found if i in pitches and (pitches[i] >= 0.6 if high else pitches[i] <= 0.4)] or found
     unheard = [pair for pair in combinations(clips.classes, 2) if frozenset(pair) not in clips.heard]
     if not clips.pairs or not unheard:
         return None
-    jobs = [(of_class[a][k % len(of_class[a])], of_class[b][k % len(of_class[b])])
-            for a, b in unheard[:45] if of_class[a] and of_class[b] for k in range(MIXES)]
+    jobs = []
+    for pair in unheard[:45]:
+        for k in range(MIXES):
+            low, high = of_class(pair[k % 2], high=False), of_class(pair[1 - k % 2], high=True)
+            if low and high:
+                jobs.append((low[k // 2 % len(low)], high[k // 2 % len(high)]))
 
     def waveform(i: int):
         return data.load_waveform(clips.rows[i].audio_path, encoder.sampling_rate, encoder.window_s)[0]

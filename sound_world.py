@@ -18,7 +18,7 @@ Four properties run through both sides; each is uniform in [0, 1]:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -80,6 +80,16 @@ def draw_state(rng: np.random.Generator, labels: tuple[str, ...] | None = None, 
         if abs(sources[0].loudness - sources[-1].loudness) <= PAIR_LOUDNESS:
             break
     return State(sources, float(rng.random()), int(rng.integers(2 ** 31)))
+
+
+def low_and_high(state: State) -> State:
+    """A pair as the data hold it: what stands left is low (pitch 0 to 0.4), what stands right is high (0.6 to 1).
+
+    One microphone does not tell left from right. So the place of each of two things is something that is heard in itself,
+    whatever sounds beside it: what an adapter learned of one pair holds for a pair that it never heard.
+    """
+    left, right = state.sources
+    return replace(state, sources=(replace(left, pitch=0.4 * left.pitch), replace(right, pitch=0.6 + 0.4 * right.pitch)))
 
 
 def is_unheard(labels: tuple[str, ...]) -> bool:

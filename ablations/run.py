@@ -21,7 +21,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from config import Number, RunFailed, new_parser, read_json, run_main, write_atomic, write_json  # noqa: E402
+from config import Number, RunFailed, UserError, new_parser, read_json, run_main, write_atomic, write_json  # noqa: E402
 
 # name: (question, stages trained, --gate of the evaluation)
 DEFAULT = "default"
@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--only", nargs="+", choices=[*VARIANTS], default=[*VARIANTS], help="variants to run")
     add("--seeds", nargs="+", type=Number(int, 0), default=[0, 1, 2], help="training seeds")
-    add("--clips", type=Number(int, 2), default=100, help="test clips judged, evenly spread over the split")
+    add("--clips", type=Number(int, 15), default=100, help="test clips judged, evenly spread over the split")
     add("--out", default="runs/ablations", help="folder of the runs")
     return parser
 
@@ -171,6 +171,9 @@ def judge_run(folder: Path, name: str, gate, args, judged) -> dict[str, list]:
     found = {key: values[key].tolist() for key in ("top1_en", "iis_cosine")}
     found["pairs"] = [float(v) for key in ("pairs_heard", "pairs_unheard") for v in values.get(key, ())]
     properties = evaluate.follow_properties(clips, {"right": images, "other": images}, list(range(len(clips.rows))))
+    if properties is None:
+        raise UserError(f"{clips.data_root}: fewer than 10 of the {len(clips.rows)} clips hold one sound, too few for a rho; "
+                        "give more --clips or data with more test clips")
     return found | {f"rho_{key}": value["points"] for key, value in properties.items()}
 
 

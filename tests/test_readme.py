@@ -39,7 +39,7 @@ def copy(tmp_path_factory) -> Path:
             config["data"] = ["world", "--out", "data/world", "--train", "40", "--val", "10", "--test", "10"]
         path.write_text(json.dumps(config))
     prepare = place / "prepare_data.py"
-    prepare.write_text(prepare.read_text().replace("default=3200", "default=40").replace("default=100", "default=10")
+    prepare.write_text(prepare.read_text().replace("default=4800", "default=40").replace("default=100", "default=10")
                        .replace("default=300", "default=10"))
     for name in ("report.py", "evaluate.py", "generate.py"):
         path = place / name

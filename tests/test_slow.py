@@ -22,10 +22,11 @@ def test_killed_and_terminated_at_three_random_steps_each(stage, config, run, tm
     interrupt_sweep(steps, [signal.SIGTERM, signal.SIGKILL], stage, config, run, tmp_path)
 
 
-def test_ablations_run_small(world, tmp_path):
+def test_ablations_run_small(tmp_path):
     """The driver on the small world: a config's variant, clips of 8 s, the patched copy, stage 2 without LoRA, a gate; then once more."""
     from conftest import ROOT
-    place = tmp_path / "copy"
+    place, world = tmp_path / "copy", tmp_path / "world"
+    ok(script("prepare_data.py", "world", "--out", world, "--train", 40, "--val", 20, "--test", 20))
     shutil.copytree(ROOT, place, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "data", "cache", "__pycache__"))
     for path in (place / "ablations").glob("*.json"):
         if path.stem == "results":
@@ -35,7 +36,7 @@ def test_ablations_run_small(world, tmp_path):
         for stage in ("stage1", "stage2", "stage3"):
             config[stage] |= {"steps": 3}
         path.write_text(json.dumps(config))
-    command = [sys.executable, "ablations/run.py", "--seeds", "0", "--clips", "10", "--only", "tokens-1", "windows-2",
+    command = [sys.executable, "ablations/run.py", "--seeds", "0", "--clips", "20", "--only", "tokens-1", "windows-2",
                "appended", "no-lora", "gate-0"]
     for _ in range(2):
         done = ok(subprocess.run(command, cwd=place, capture_output=True, text=True))
