@@ -422,21 +422,19 @@ def mixtures(judged: Judged, subject: Subject) -> tuple[tuple, list] | None:
     import data
     import generate
     import metrics
+    import sound_world
     clips, encoder = judged.clips, subject.encoder
 
-    def of_class(name: str, high: bool) -> list[int]:
+    def of_class(name: str, fits) -> list[int]:
         found = [i for i in clips.single if clips.kinds[i][0] == name]
-        pitches = {i: clips.rows[i].properties["sources"][0]["pitch"] for i in found if clips.rows[i].properties}
-        return [i for i in found if i in pitches and (pitches[i] >= 0.6 if high else pitches[i] <= 0.4)] or found
+        return [i for i in found if clips.rows[i].properties and fits(clips.rows[i].properties["sources"][0]["pitch"])] or found
     unheard = [pair for pair in combinations(clips.classes, 2) if frozenset(pair) not in clips.heard]
     if not clips.pairs or not unheard:
         return None
-    jobs = []
-    for pair in unheard[:45]:
-        for k in range(MIXES):
-            low, high = of_class(pair[k % 2], high=False), of_class(pair[1 - k % 2], high=True)
-            if low and high:
-                jobs.append((low[k // 2 % len(low)], high[k // 2 % len(high)]))
+    low = {name: of_class(name, lambda pitch: pitch <= sound_world.LOW_PITCH) for name in clips.classes}
+    high = {name: of_class(name, lambda pitch: pitch >= sound_world.HIGH_PITCH) for name in clips.classes}
+    jobs = [(low[a][k % len(low[a])], high[b][k % len(high[b])]) for pair in unheard[:45] for k in range(MIXES // 2)
+            for a, b in (pair, pair[::-1]) if low[a] and high[b]]
 
     def waveform(i: int):
         return data.load_waveform(clips.rows[i].audio_path, encoder.sampling_rate, encoder.window_s)[0]

@@ -31,6 +31,7 @@ CLASSES = ("thunder", "ocean_waves", "fire", "applause", "siren", "helicopter", 
 # Nine of the 45 pairs that no training or validation clip holds: every class but the last is in about two of them.
 UNHEARD_PAIRS = tuple((CLASSES[i], CLASSES[(i + 3) % 10]) for i in range(9))
 SOURCE_PROPERTIES = ("loudness", "pitch", "rate")
+LOW_PITCH, HIGH_PITCH = 0.4, 0.6  # of two sounds in the data one is at most low, the other at least high
 PAIR_LOUDNESS = 0.5  # two sources differ by 12 dB at most: what lies 20 dB below another sound nobody hears
 
 
@@ -83,13 +84,14 @@ def draw_state(rng: np.random.Generator, labels: tuple[str, ...] | None = None, 
 
 
 def low_and_high(state: State) -> State:
-    """A pair as the data hold it: what stands left is low (pitch 0 to 0.4), what stands right is high (0.6 to 1).
+    """A pair as the data hold it: what stands left is low (pitch 0 to LOW_PITCH), what stands right is high (HIGH_PITCH to 1).
 
     One microphone does not tell left from right. So the place of each of two things is something that is heard in itself,
     whatever sounds beside it: what an adapter learned of one pair holds for a pair that it never heard.
     """
     left, right = state.sources
-    return replace(state, sources=(replace(left, pitch=0.4 * left.pitch), replace(right, pitch=0.6 + 0.4 * right.pitch)))
+    return replace(state, sources=(replace(left, pitch=LOW_PITCH * left.pitch),
+                                   replace(right, pitch=HIGH_PITCH + (1 - HIGH_PITCH) * right.pitch)))
 
 
 def is_unheard(labels: tuple[str, ...]) -> bool:
