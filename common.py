@@ -150,6 +150,7 @@ class AudioProjectionMLP(nn.Module):
     IPAdapterFaceIDImageProjection). CLAP's vector has unit length, so its entries are about 1/sqrt(E); the factor
     sqrt(E) brings them to unit size.
     """
+    NEAR_LINEAR = 0.3
 
     def __init__(self, input_dim: int, output_dim: int, num_tokens: int = 8):
         super().__init__()
@@ -160,11 +161,13 @@ class AudioProjectionMLP(nn.Module):
 
     @torch.no_grad()
     def whiten(self, audio_embeds: Tensor) -> None:
-        """Fold a whitening of the training set's audio_embeds (n, E) into the first layer's first weights.
+        """Make the first layer a whitening of the training set's audio_embeds (n, E), which training leaves as it is.
 
         CLAP's embeddings vary mostly between classes; what else is heard (pitch, rate) lies in directions of a hundredth
         of that variance, which training from even weights finds last. ZCA whitening (Bell & Sejnowski 1997), variances
-        under a tenth of their mean left small, since they are noise.
+        under a tenth of their mean left small, since they are noise. NEAR_LINEAR makes it small, so that GELU hardly
+        bends it: what two sounds say then adds up, also of two that were never heard together, whereas a trained or
+        a larger first layer learns which pairs there are.
         """
         x = audio_embeds.double().cpu() * math.sqrt(self.input_dim)
         mean, covariance = x.mean(0), torch.cov(x.T)
@@ -173,8 +176,10 @@ class AudioProjectionMLP(nn.Module):
         kept = (variances / (variances + 0.1 * variances.mean())).sum()  # variance in all after the whitening
         scale = (variances + 0.1 * variances.mean()).rsqrt() * (self.input_dim / kept).sqrt()
         first = self.proj[0]
-        first.weight.copy_(first.weight.double().cpu() @ (directions * scale) @ directions.T)
-        first.bias.sub_((first.weight.double().cpu() @ mean).to(first.bias))
+        weight = first.weight.double().cpu() @ (directions * scale) @ directions.T
+        first.weight.copy_(self.NEAR_LINEAR * weight)
+        first.bias.copy_(self.NEAR_LINEAR * (first.bias.double().cpu() - weight @ mean))
+        first.requires_grad_(False)
 
     def forward(self, audio_embeds: Tensor) -> Tensor:
         if audio_embeds.shape[-1] != self.input_dim:

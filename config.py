@@ -22,6 +22,7 @@ import sys
 from pathlib import Path
 
 SECTIONS = ("common", "stage1", "stage2", "stage3")
+GUIDANCE = 3.0  # classifier-free guidance of pictures where none is asked for
 EXIT_FAILED, EXIT_USER = 1, 2
 DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 

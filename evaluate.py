@@ -16,7 +16,7 @@ import json
 from itertools import combinations
 from pathlib import Path
 
-from config import Number, RunFailed, UserError, new_parser, read_json, run_main, write_atomic, write_json
+from config import GUIDANCE, Number, RunFailed, UserError, new_parser, read_json, run_main, write_atomic, write_json
 
 SOUNDS = ("right", "silence", "other")
 LANGUAGES = {"en": "English", "ko": "Korean"}
@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--min-judge", type=Number(float, 0, 1), default=0.9,
         help="share of real pictures that the judge must read right before it may judge")
     # the pictures
-    add("--guidance", type=Number(float, 1, 100), default=5.0, help="classifier-free guidance (1 = none)")
+    add("--guidance", type=Number(float, 1, 100), default=GUIDANCE, help="classifier-free guidance (1 = none)")
     add("--steps", type=Number(int, 1, 1000), default=25, help="sampling steps")
     add("--seed", type=Number(int, 0, 2 ** 31 - 1), default=0, help="clip i starts from the noise of seed + i")
     add("--gate", type=Number(float, 0, 1), default=None, help="tanh(gate) instead of the learned one")

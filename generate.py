@@ -22,12 +22,12 @@ import math
 import os
 from pathlib import Path
 
-from config import Number, UserError, new_parser, read_json, run_main, write_atomic
+from config import GUIDANCE, Number, UserError, new_parser, read_json, run_main, write_atomic
 
 STAGES = ("stage3", "stage2", "stage1")
 BATCH = 16  # pictures at once
 MOST_PICTURES = 400
-GUIDANCE, AUDIO_SCALE, STRENGTH = 5.0, 1.0, 0.6
+AUDIO_SCALE, STRENGTH = 1.0, 0.6
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     scale.add_argument("--gate", type=Number(float, 0, 1), metavar="G",
                        help="strength of the sound in place of the learned gate (0 = no sound)")
     group.add_argument("--guidance", type=Number(float, 1, 100), metavar="G",
-                       help="classifier-free guidance (default: 5; 1 = none)")
+                       help=f"classifier-free guidance (default: {GUIDANCE:g}; 1 = none)")
     group.add_argument("--guidance-text", type=Number(float, 0, 100), metavar="T",
                        help="guidance of the prompt alone; with --guidance-audio, instead of --guidance")
     group.add_argument("--guidance-audio", type=Number(float, 0, 100), metavar="A", help="guidance of the sound alone")

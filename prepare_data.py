@@ -82,7 +82,7 @@ def finish(out: Path, rows: list[dict], settings: dict) -> None:
 # --- the sound world ----------------------------------------------------------------------------------------------------
 
 def plan_labels(split: str, n: int) -> list[tuple[str, ...]]:
-    """Labels of a split's examples in order: every fifth holds two sounds, in train two of three; the others go round
+    """Labels of a split's examples in order: every fifth holds two sounds, in train every other; the others go round
     the ten classes.
 
     In train and val the pairs go round the 36 that may be heard; in test unheard and heard ones take turns. The next time
@@ -99,7 +99,7 @@ def plan_labels(split: str, n: int) -> list[tuple[str, ...]]:
     unheard, single = both_ways(sound_world.UNHEARD_PAIRS), cycle(sound_world.CLASSES)
     plan: list[tuple[str, ...]] = []
     for i in range(n):
-        if i % 3 == 0 if split == "train" else i % 5 < 4:
+        if i % 2 == 0 if split == "train" else i % 5 < 4:
             plan.append((next(single),))
         else:
             plan.append(next(unheard) if split == "test" and i // 5 % 2 == 0 else next(heard))

@@ -15,7 +15,7 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
-from config import Number, UserError, new_parser, read_json, run_main, write_atomic, write_json
+from config import GUIDANCE, Number, UserError, new_parser, read_json, run_main, write_atomic, write_json
 
 STAGES = ("stage1", "stage2", "stage3")
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "numpy")
@@ -27,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--run", default="runs/tiny", help="run folder with the three finished stages")
     add("--columns", type=Number(int, 1, 32), default=10, help="held-out sounds on the sheet, one a label if it can be")
-    add("--guidance", type=Number(float, 1, 100), default=5.0, help="classifier-free guidance of the pictures")
+    add("--guidance", type=Number(float, 1, 100), default=GUIDANCE, help="classifier-free guidance of the pictures")
     add("--steps", type=Number(int, 1, 1000), default=25, help="sampling steps of the pictures")
     add("--seed", type=Number(int, 0, 2 ** 31 - 1), default=0, help="seed of the starting noise; column i takes seed + i")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto = CUDA if torch sees it")

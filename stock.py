@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import runs
 from common import AudioAttentionAdapter, AudioProjectionMLP, peak_memory_mb, quiet_libraries
-from config import RunFailed, write_atomic, write_json
+from config import GUIDANCE, RunFailed, write_atomic, write_json
 
 
 def stock_layout(audio_proj: AudioProjectionMLP, audio_attn: AudioAttentionAdapter, unet: nn.Module) -> dict[str, Tensor]:
@@ -159,7 +159,7 @@ def pictures(pipe, audio_embeds: Tensor, prompts: list[str], guidance: float, st
         return pipe(prompts, **call).images
 
 
-def sample_pictures(adapter_path: Path, base: Path, val, cfg, device, steps: int = 25, guidance: float = 5.0):
+def sample_pictures(adapter_path: Path, base: Path, val, cfg, device, steps: int = 25, guidance: float = GUIDANCE):
     """One picture for each of the first clips of differing labels, without a prompt, side by side (a PIL image)."""
     from PIL import Image
     first = {row["label"] or row["id"]: i for i, row in reversed(list(enumerate(val.rows)))}

@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     # the adapter
     add("--num-tokens", type=Number(int, 1, 256), default=8, help="audio tokens N")
     add("--whiten", action=argparse.BooleanOptionalAction, default=True,
-        help="begin with a first layer that whitens the training set's embeddings")
+        help="the projection's first layer whitens the training set's embeddings and is not trained")
     add("--strength", type=Number(float, 0.01, 0.99), default=0.4, help="tanh(gate), pinned during this stage")
     # what a sample is shown: each share is of samples, not of batches
     add("--caption-drop", type=Number(float, 0, 1), default=0.5, help="share with the empty caption and its sound")

@@ -29,6 +29,7 @@ VARIANTS = {
     "tokens-1": ("1 audio token instead of 8", (1,), None),
     "tokens-4": ("4 audio tokens", (1,), None),
     "tokens-16": ("16 audio tokens", (1,), None),
+    "no-whiten": ("a first layer that is trained as torch starts it, instead of a fixed whitening", (1,), None),
     "caption-drop-0": ("captions never dropped, instead of in 0.8 of the samples", (1,), None),
     "caption-drop-0.5": ("captions dropped in half of the samples", (1,), None),
     "caption-drop-1": ("captions always dropped", (1,), None),

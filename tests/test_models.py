@@ -248,13 +248,15 @@ def test_whitening_makes_faint_directions_as_loud_as_strong_ones():
     proj = common.AudioProjectionMLP(16, 8, 2)
     before = proj.proj[0].weight.detach().clone()
     proj.whiten(x / 4)  # / sqrt(16), which forward multiplies by
-    folded = torch.linalg.lstsq(before.double(), proj.proj[0].weight.detach().double()).solution  # (16, 16): the whitening
+    first = proj.proj[0].weight.detach().double() / proj.NEAR_LINEAR
+    folded = torch.linalg.lstsq(before.double(), first).solution  # (16, 16): the whitening
     variances = torch.cov(((x.double() - x.double().mean(0)) @ folded.T @ rotation.double().T).T).diagonal()
     covariance = torch.cov(x.double().T)
     values = torch.linalg.eigvalsh(covariance)
     expected = (spread.double() ** 2) / (spread.double() ** 2 + 0.1 * values.mean())
     assert variances.numpy() == pytest.approx((expected * 16 / expected.sum()).numpy(), rel=0.1, abs=1e-5)
-    hidden = proj.proj[0](x).detach()
+    hidden = proj.proj[0](x).detach() / proj.NEAR_LINEAR
+    assert not proj.proj[0].weight.requires_grad and not proj.proj[0].bias.requires_grad
     assert abs(hidden.mean(0)).max() < 0.3 and hidden.std() == pytest.approx(3 ** -0.5, rel=0.2)  # as torch's own start
 
 

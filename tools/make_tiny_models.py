@@ -282,15 +282,18 @@ def make_clap(out: Path, args: argparse.Namespace) -> dict:
                           attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0),
         projection_dim=512))
     axes = torch.linalg.qr(torch.randn(512, 41))[0]  # orthonormal columns: ten of presence, 31 of properties
+    rest = torch.ones(512) - axes @ axes.sum(0)  # the direction of what all sounds share
+    rest = rest / rest.norm()
     ids = encode_text(tokenizer, [c for four in captions for c in four]).view(-1, 4, L)
 
     single = np.flatnonzero(presence.sum(1) == 1)
-    loudness = properties[:, :30].view(-1, 10, 3)[..., 0].nan_to_num().sum(1).numpy()[single]
+    loudness, pitch = properties[single, :30].view(-1, 10, 3)[..., :2].nan_to_num().sum(1).numpy().T
     kinds = presence.argmax(1).numpy()[single]
+    low, high = np.flatnonzero(pitch <= world.LOW_PITCH), np.flatnonzero(pitch >= world.HIGH_PITCH)
 
     def mixes():
-        """16 sums of two single sounds as one microphone would hear them: powers add. Their captions are nobody's."""
-        a, b = rng.integers(len(single), size=(2, 128))
+        """16 sums of a low and a high single sound as one microphone hears them: powers add. Their captions are nobody's."""
+        a, b = rng.choice(low, 128), rng.choice(high, 128)
         fits = (kinds[a] != kinds[b]) & (abs(loudness[a] - loudness[b]) <= world.PAIR_LOUDNESS)
         a, b = single[a[fits][:16]], single[b[fits][:16]]
         power = 10 ** (features[a].float() / 10) + 10 ** (features[b].float() / 10)
@@ -311,10 +314,15 @@ def make_clap(out: Path, args: argparse.Namespace) -> dict:
         loss = (F.cross_entropy(output.logits_per_audio, target) + F.cross_entropy(output.logits_per_text, target)) / 2
         # Every class and property has a fixed direction of its own, so that two sounds add up and no property is lost in
         # a corner of the space: present is 8 along its direction and absent 0, a property runs from -4 to 4.
-        along = F.normalize(torch.cat([output.audio_embeds, mixed]), dim=-1) * math.sqrt(512) @ axes
+        # The embedding's length is fixed, so what these leave over goes to one direction that is the same for all: were it
+        # to go anywhere, each pair would have a place of its own that nothing learned of other pairs tells about.
+        embeds = F.normalize(torch.cat([output.audio_embeds, mixed]), dim=-1) * math.sqrt(512)
+        along = embeds @ axes
         loss = loss + 4 * F.binary_cross_entropy_with_logits(along[:, :10] - 4, present)
         known = ~values.isnan()
-        return loss + 8 * (along[:, 10:] / 8 + 0.5 - values)[known].square().mean()
+        loss = loss + 8 * (along[:, 10:] / 8 + 0.5 - values)[known].square().mean()
+        elsewhere = 1 - (along.square().sum(1) + (embeds @ rest).clamp(min=0).square()) / 512
+        return loss + 4 * elsewhere.mean()
 
     model.train()
     seconds = train("CLAP", model.parameters(), clap_loss, args.clap_steps, 1.5e-3)
