@@ -81,7 +81,7 @@ def test_of_two_sounds_the_low_one_stands_left_and_the_high_one_right(tmp_path):
     ok(script("prepare_data.py", "world", "--out", tmp_path / "a", "--train", 30, "--val", 1, "--test", 1))
     rows = [json.loads(line) for line in (tmp_path / "a/metadata.jsonl").read_text().splitlines()]
     pairs = [row["properties"]["sources"] for row in rows if len(row["properties"]["sources"]) == 2]
-    assert len(pairs) == 20
+    assert len(pairs) == 15
     assert all(left["pitch"] <= 0.4 and right["pitch"] >= 0.6 for left, right in pairs)
     state = sound_world.State(tuple(sound_world.Source(**source) for source in pairs[0]), 0.5, 0)
     (x, y, _), (right, higher, _) = (sound_world.place(state, i) for i in (0, 1))

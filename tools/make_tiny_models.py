@@ -313,7 +313,7 @@ def make_clap(out: Path, args: argparse.Namespace) -> dict:
         target = same / same.sum(1, keepdim=True)
         loss = (F.cross_entropy(output.logits_per_audio, target) + F.cross_entropy(output.logits_per_text, target)) / 2
         # Every class and property has a fixed direction of its own, so that two sounds add up and no property is lost in
-        # a corner of the space: present is 8 along its direction and absent 0, a property runs from -4 to 4.
+        # a corner of the space: present is 8 along its direction and absent 0, a property runs from -4 to 4; what does not sound has 0.
         # The embedding's length is fixed, so what these leave over goes to one direction that is the same for all: were it
         # to go anywhere, each pair would have a place of its own that nothing learned of other pairs tells about.
         embeds = F.normalize(torch.cat([output.audio_embeds, mixed]), dim=-1) * math.sqrt(512)
@@ -321,6 +321,7 @@ def make_clap(out: Path, args: argparse.Namespace) -> dict:
         loss = loss + 4 * F.binary_cross_entropy_with_logits(along[:, :10] - 4, present)
         known = ~values.isnan()
         loss = loss + 8 * (along[:, 10:] / 8 + 0.5 - values)[known].square().mean()
+        loss = loss + 2 * (along[:, 10:40] / 8)[~known[:, :30]].square().mean()  # of what does not sound
         elsewhere = 1 - (along.square().sum(1) + (embeds @ rest).clamp(min=0).square()) / 512
         return loss + 4 * elsewhere.mean()
 
