@@ -2,7 +2,8 @@
 
     with attention.record(pipe.unet, audio_embeds) as recorder:  # (B, E)
         images = stock.pictures(pipe, audio_embeds, ...)
-    maps = recorder.maps(16)  # for each picture {"total": (N, 16, 16), "all": (16, 16), "res_4x4": (N, 4, 4), ...}
+    maps = recorder.maps(16)  # for each picture {"total": (N, 16, 16), "all": (16, 16), "res_4x4": (N, 4, 4),
+                              #                   "all_4x4": (4, 4), ...}
 
 N audio tokens, H x W the latents' size, h x w the size at which a layer attends. Two things are recorded, of the rows
 with text and sound only (the conditional ones), as means over the sampling steps:
@@ -12,7 +13,9 @@ total   the attention probabilities of each audio token, mean over heads and lay
         how much the sound counted.
 all     how much it counted: a layer adds scale * (to_out(attend(q, sound)) - to_out(attend(q, null audio))) to the
         features because of this sound; its mean over the places, which says nothing about where, is taken off, and
-        the length of what is left is the map. Each layer's map is divided by its mean before the mean over layers.
+        the length of what is left is the map. Each layer's map is divided by its mean before the mean over the layers
+        of one size (`all_HxW`) and over all layers but those of the smallest size (`all`): on the default a 4 x 4
+        layer's map stands on the drawn object no more often than chance (AUC 0.53), an 8 x 8 layer's does (0.90).
 """
 
 from __future__ import annotations
@@ -64,7 +67,7 @@ class Recorder:
             sums[name] = sums.get(name, 0) + values.unflatten(-1, (side, side))
 
     def maps(self, size: int) -> list[dict[str, np.ndarray]]:
-        """For each picture `total` (N, size, size), `all` (size, size) and `res_HxW` (N, h, w), float32.
+        """For each picture `total` (N, size, size), `all` (size, size), `res_HxW` (N, h, w) and `all_HxW` (h, w), float32.
 
         Layers of smaller size are enlarged bilinearly for `total` and `all`. `all` has mean 1, or is 0 where the
         sound did not act at all (a silent clip, a scale of 0).
@@ -72,14 +75,20 @@ class Recorder:
         def enlarge(x: Tensor) -> Tensor:  # (B, channels, h, w) -> (B, channels, size, size)
             return F.interpolate(x, (size, size), mode="bilinear")
 
-        tokens = {name: x / self.calls for name, x in self.tokens.items()}
+        def by_size(maps: list[Tensor]) -> dict[str, list[Tensor]]:
+            found: dict[str, list[Tensor]] = {}
+            for x in maps:
+                found.setdefault(f"{x.shape[-2]}x{x.shape[-1]}", []).append(x)
+            return found
+
+        tokens = [x / self.calls for x in self.tokens.values()]
         action = [x / x.mean((1, 2), keepdim=True).clamp_min(1e-12) for x in self.action.values()]
-        by_size: dict[str, list[Tensor]] = {}
-        for x in tokens.values():
-            by_size.setdefault(f"res_{x.shape[-2]}x{x.shape[-1]}", []).append(x)
-        result = {"total": torch.stack([enlarge(x) for x in tokens.values()]).mean(0),
-                  "all": torch.stack([enlarge(x[:, None])[:, 0] for x in action]).mean(0),
-                  **{name: torch.stack(same).mean(0) for name, same in by_size.items()}}
+        smallest = min(x.shape[-1] for x in action)
+        fine = [x for x in action if x.shape[-1] > smallest] or action
+        result = {"total": torch.stack([enlarge(x) for x in tokens]).mean(0),
+                  "all": torch.stack([enlarge(x[:, None])[:, 0] for x in fine]).mean(0),
+                  **{f"res_{size}": torch.stack(same).mean(0) for size, same in by_size(tokens).items()},
+                  **{f"all_{size}": torch.stack(same).mean(0) for size, same in by_size(action).items()}}
         return [{name: x[i].float().cpu().numpy() for name, x in result.items()} for i in range(self.pictures)]
 
 

@@ -345,7 +345,7 @@ def test_attention_maps_lie_beside_the_same_picture(draw, sounds, adapter, tmp_p
     assert apart(read(tmp_path / "map.png"), plain) == 0 and "map-attention.png" in done.stdout
     maps = np.load(tmp_path / "map-attention.npz")
     assert {name: maps[name].shape for name in maps} == {"total": (8, 16, 16), "all": (16, 16), "res_8x8": (8, 8, 8),
-                                                         "res_4x4": (8, 4, 4)}
+                                                         "res_4x4": (8, 4, 4), "all_8x8": (8, 8), "all_4x4": (4, 4)}
     assert all(maps[name].dtype == np.float32 and np.isfinite(maps[name]).all() for name in maps)
     for name in ("total", "res_8x8", "res_4x4"):
         assert np.allclose(maps[name].sum(0), 1, atol=1e-4)  # one softmax over the tokens

@@ -36,7 +36,9 @@ PICTURES = {"samples.png": "runs/tiny/samples.png", "sweep.png": "runs/tiny/stag
 def excerpt(report: Path, first: str, after: str) -> str:
     """The lines of a report, its title left out, from the one that begins with `first` to the one before `after`."""
     lines = [line for line in report.read_text().splitlines() if not line.startswith("# ")]
-    start = next(i for i, line in enumerate(lines) if line and line.startswith(first))
+    start = next((i for i, line in enumerate(lines) if line and line.startswith(first)), None)
+    if start is None:
+        raise RunFailed(f"{report}: no line begins with {first!r}; BLOCKS in tools/make_readme.py says it should")
     stop = next((i for i, line in enumerate(lines) if after and i > start and line.startswith(after)), len(lines))
     return "\n".join(lines[start:stop]).strip() + "\n"
 
@@ -50,8 +52,8 @@ def draw_world(path: Path) -> None:
     labels = [(c,) for _ in range(3) for c in world.CLASSES] + [(c, world.CLASSES[(i + 4) % 10]) for i, c in enumerate(world.CLASSES)]
     page = Image.new("RGB", (10 * 100 - 4, 4 * 100 - 4), "white")
     for i, names in enumerate(labels):
-        names = tuple(sorted(names, key=world.CLASSES.index))
-        scene = world.draw_scene(world.draw_state(np.random.default_rng([9, i]), names))
+        state = world.draw_state(np.random.default_rng([9, i]), names)
+        scene = world.draw_scene(world.low_and_high(state) if len(names) == 2 else state)
         page.paste(scene.resize((96, 96), Image.Resampling.BICUBIC), (i % 10 * 100, i // 10 * 100))
     page.save(path, optimize=True)
 
