@@ -70,18 +70,28 @@ def test_what_is_trainable_gets_a_gradient_and_moves_and_nothing_else_does(stage
                  *before])
     blocks = 2 * len([name for name in unets[0].attn_processors if name.endswith("attn2.processor")])
     lora = 2 * 4 * len(unets[0].attn_processors)
-    assert len(seen) == {1: 6 + blocks, 2: 6 + blocks + lora, 3: 1}[stage]
+    assert len(seen) == {1: 4 + blocks, 2: 4 + blocks + lora, 3: 1}[stage]  # of the projection the second layer and the norm
     assert all(was["gradient"] > 0 and was["moved"] for was in seen.values())
     untouched = load(BASE, subfolder="unet").state_dict()
     for name, p in unets[0].named_parameters():
         if ".lora_" not in name:
             assert torch.equal(p, untouched[name.replace(".base_layer", "")]), name
     gate, earlier = final(tmp_path / f"stage{stage}"), final(run / "stage2")
+    whitening = [key for key in gate if key.startswith("audio_proj.proj.0.")]
+    assert len(whitening) == 2 and (stage == 1 or all(torch.equal(gate[key], earlier[key]) for key in whitening))
     if stage < 3:
         assert gate["audio_attn.gate"].tanh().item() == pytest.approx(0.4)
     else:
         changed = [key for key in gate if not torch.equal(gate[key], earlier[key])]
         assert changed == ["audio_attn.gate"]
+
+
+def test_without_a_whitening_the_first_layer_is_trained(config, tmp_path):
+    """In stage 2 as well, which learns from stage 1's checkpoint that there is none."""
+    for stage, more in ((1, ["--no-whiten"]), (2, [])):
+        ok(script(f"train_stage{stage}.py", "--config", config, "--run", tmp_path, "--steps", 2, "--samples", 0, *more))
+        first, last = (runs.read_checkpoint(tmp_path / f"stage{stage}/checkpoints/step-{n:08d}.safetensors")[1] for n in (0, 2))
+        assert not torch.equal(first["audio_proj.proj.0.weight"], last["audio_proj.proj.0.weight"])
 
 
 @pytest.mark.parametrize("stage, step, signum", [(1, 4, signal.SIGTERM), (2, 7, signal.SIGKILL), (3, 5, signal.SIGINT)])
@@ -133,11 +143,12 @@ def test_each_ablation_differs_from_the_default_in_what_it_asks_about():
     default, tiny = flat(ROOT / "ablations/default.json"), flat(ROOT / "configs/tiny.json")
     assert differing(default, tiny) == {"steps", "min_steps", "validate_every", "save_every", "samples", "run"}
     expected = {"tokens": {"num_tokens"}, "caption": {"caption_drop", "audio_drop", "both_drop"}, "min": {"min_snr_gamma"},
-                "windows": {"windows"}, "appended": set(), "no": {"lora_rank"}, "ema": {"ema_decay"}, "pinned": {"strength"}}
+                "windows": {"windows"}, "appended": set(), "no-lora": {"lora_rank"}, "no-whiten": {"whiten"},
+                "ema": {"ema_decay"}, "pinned": {"strength"}}
     configs = [path for path in (ROOT / "ablations").glob("*.json") if path.stem not in ("default", "results")]
-    assert len(configs) == 13
+    assert len(configs) == 14
     for path in configs:
-        assert differing(flat(path), default) <= expected[path.stem.split("-")[0]], path
+        assert differing(flat(path), default) <= expected.get(path.stem, expected.get(path.stem.split("-")[0])), path
         assert path.stem == "appended" or differing(flat(path), default), path
 
 
