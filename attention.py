@@ -75,11 +75,11 @@ class Recorder:
         def enlarge(x: Tensor) -> Tensor:  # (B, channels, h, w) -> (B, channels, size, size)
             return F.interpolate(x, (size, size), mode="bilinear")
 
-        def by_size(maps: list[Tensor]) -> dict[str, list[Tensor]]:
+        def by_size(name: str, maps: list[Tensor]) -> dict[str, Tensor]:  # the mean over the layers of each size
             found: dict[str, list[Tensor]] = {}
             for x in maps:
-                found.setdefault(f"{x.shape[-2]}x{x.shape[-1]}", []).append(x)
-            return found
+                found.setdefault(f"{name}_{x.shape[-2]}x{x.shape[-1]}", []).append(x)
+            return {key: torch.stack(same).mean(0) for key, same in found.items()}
 
         tokens = [x / self.calls for x in self.tokens.values()]
         action = [x / x.mean((1, 2), keepdim=True).clamp_min(1e-12) for x in self.action.values()]
@@ -87,8 +87,7 @@ class Recorder:
         fine = [x for x in action if x.shape[-1] > smallest] or action
         result = {"total": torch.stack([enlarge(x) for x in tokens]).mean(0),
                   "all": torch.stack([enlarge(x[:, None])[:, 0] for x in fine]).mean(0),
-                  **{f"res_{size}": torch.stack(same).mean(0) for size, same in by_size(tokens).items()},
-                  **{f"all_{size}": torch.stack(same).mean(0) for size, same in by_size(action).items()}}
+                  **by_size("res", tokens), **by_size("all", action)}
         return [{name: x[i].float().cpu().numpy() for name, x in result.items()} for i in range(self.pictures)]
 
 

@@ -163,8 +163,8 @@ class AudioProjectionMLP(nn.Module):
     def whiten(self, audio_embeds: Tensor) -> None:
         """Make the first layer a whitening of the training set's audio_embeds (n, E), which training leaves as it is.
 
-        CLAP's embeddings vary mostly between classes; what else is heard (pitch, rate) lies in directions of a hundredth
-        of that variance, which training from even weights finds last. ZCA whitening (Bell & Sejnowski 1997), variances
+        CLAP's embeddings vary mostly between classes; what else is heard (pitch, rate) lies in directions of less
+        variance, which training from even weights finds last. ZCA whitening (Bell & Sejnowski 1997), variances
         under a tenth of their mean left small, since they are noise. NEAR_LINEAR makes it small, so that GELU hardly
         bends it: what two sounds say then adds up, also of two that were never heard together, whereas a trained or
         a larger first layer learns which pairs there are.

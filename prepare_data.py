@@ -123,9 +123,7 @@ def make_example(job: tuple[Path, int, int, int, tuple[str, ...]]) -> dict:
     import sound_world
     out, seed, split_index, i, labels = job
     rng = np.random.default_rng([seed, split_index, i])
-    state = sound_world.draw_state(rng, labels)
-    if len(labels) == 2:
-        state = sound_world.low_and_high(state)
+    state = sound_world.low_and_high(sound_world.draw_state(rng, labels))
     name = f"{SPLITS[split_index]}-{i:05d}"
     row = {"image_file_name": f"images/{name}.png", "audio_file_name": f"audio/{name}.wav",
            "text": sound_world.caption(state, rng), "label": "+".join(state.labels), "split": SPLITS[split_index],

@@ -84,11 +84,14 @@ def draw_state(rng: np.random.Generator, labels: tuple[str, ...] | None = None, 
 
 
 def low_and_high(state: State) -> State:
-    """A pair as the data hold it: what stands left is low (pitch 0 to LOW_PITCH), what stands right is high (HIGH_PITCH to 1).
+    """A state as the data hold it: of a pair, what stands left is low (pitch 0 to LOW_PITCH), what stands right is high
+    (HIGH_PITCH to 1).
 
     One microphone does not tell left from right. So the place of each of two things is something that is heard in itself,
     whatever sounds beside it: what an adapter learned of one pair holds for a pair that it never heard.
     """
+    if len(state.sources) == 1:
+        return state
     left, right = state.sources
     return replace(state, sources=(replace(left, pitch=LOW_PITCH * left.pitch),
                                    replace(right, pitch=HIGH_PITCH + (1 - HIGH_PITCH) * right.pitch)))

@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     audio_attn.gate.requires_grad_(False)
     audio_attn.attach(unet)
     runs.load_objects(before_path, before, before_tensors, {"audio_proj": audio_proj, "audio_attn": audio_attn})
-    audio_proj.proj[0].requires_grad_(not before["settings"]["whiten"])  # a whitening stays as it is
+    audio_proj.proj[0].requires_grad_(not before["settings"].get("whiten"))  # a whitening stays as it is
     audio_attn.set_strength(cfg.strength)
     if cfg.lora_rank:
         common.add_lora(unet, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout)

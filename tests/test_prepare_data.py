@@ -61,7 +61,7 @@ def test_a_killed_world_goes_on_to_the_same_bytes(tmp_path):
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
 
 
-def test_one_in_five_holds_two_sounds_in_train_two_of_three_and_nine_pairs_are_never_heard():
+def test_one_in_five_holds_two_sounds_in_train_every_other_and_nine_pairs_are_never_heard():
     assert len(sound_world.UNHEARD_PAIRS) == len({frozenset(p) for p in sound_world.UNHEARD_PAIRS}) == 9
     unheard = {frozenset(pair) for pair in sound_world.UNHEARD_PAIRS}
     for split, n in (("train", 4800), ("val", 100), ("test", 300)):

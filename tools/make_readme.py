@@ -52,8 +52,7 @@ def draw_world(path: Path) -> None:
     labels = [(c,) for _ in range(3) for c in world.CLASSES] + [(c, world.CLASSES[(i + 4) % 10]) for i, c in enumerate(world.CLASSES)]
     page = Image.new("RGB", (10 * 100 - 4, 4 * 100 - 4), "white")
     for i, names in enumerate(labels):
-        state = world.draw_state(np.random.default_rng([9, i]), names)
-        scene = world.draw_scene(world.low_and_high(state) if len(names) == 2 else state)
+        scene = world.draw_scene(world.low_and_high(world.draw_state(np.random.default_rng([9, i]), names)))
         page.paste(scene.resize((96, 96), Image.Resampling.BICUBIC), (i % 10 * 100, i // 10 * 100))
     page.save(path, optimize=True)
 

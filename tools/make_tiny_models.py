@@ -313,7 +313,8 @@ def make_clap(out: Path, args: argparse.Namespace) -> dict:
         target = same / same.sum(1, keepdim=True)
         loss = (F.cross_entropy(output.logits_per_audio, target) + F.cross_entropy(output.logits_per_text, target)) / 2
         # Every class and property has a fixed direction of its own, so that two sounds add up and no property is lost in
-        # a corner of the space: present is 8 along its direction and absent 0, a property runs from -4 to 4; what does not sound has 0.
+        # a corner of the space: present is 8 along its direction and absent 0, a property runs from -4 to 4; what does not
+        # sound has 0.
         # The embedding's length is fixed, so what these leave over goes to one direction that is the same for all: were it
         # to go anywhere, each pair would have a place of its own that nothing learned of other pairs tells about.
         embeds = F.normalize(torch.cat([output.audio_embeds, mixed]), dim=-1) * math.sqrt(512)
