@@ -412,9 +412,10 @@ def diversity(judged: Judged, subject: Subject, right, seeds: int) -> dict:
 
 
 def mixtures(judged: Judged, subject: Subject) -> tuple[tuple, list] | None:
-    """Two single clips of a pair that training never heard, at one level (RMS) and mixed as generate.py --audio A B --weights
-    does: are both found? (Of sounds 20 dB apart nobody would hear both.) Where the data say how high a sound is, one is
-    low and the other high, as in the sound world's own pairs."""
+    """Two single clips of a pair that training never heard, at one level while they sound and mixed as generate.py --audio
+    A B --weights does: are both found? (Of sounds 20 dB apart nobody would hear both. By the RMS of a whole clip one crash
+    in four seconds would be raised far above a steady sound.) Where the data say how high a sound is, one is low and the
+    other high, as in the sound world's own pairs."""
     import numpy as np
     import torch
     from tqdm import tqdm
@@ -440,7 +441,7 @@ def mixtures(judged: Judged, subject: Subject) -> tuple[tuple, list] | None:
         return data.load_waveform(clips.rows[i].audio_path, encoder.sampling_rate, encoder.window_s)[0]
 
     def mixed(*waveforms):
-        return generate.mix(waveforms, [1 / max(data.SILENT_PEAK, float(np.sqrt(np.mean(x ** 2)))) for x in waveforms])
+        return generate.mix(waveforms, [1 / max(data.SILENT_PEAK, sound_world.active_rms(x)) for x in waveforms])
     embeds = torch.cat([encoder([mixed(waveform(i), waveform(j))])
                         for i, j in tqdm(jobs, desc=f"{subject.run}: mixing", unit="mix", leave=False)])
     images = subject.pictures("mix", embeds, [subject.args.seed + 200_000 + k for k in range(len(jobs))])
