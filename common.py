@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import resource
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,11 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import parallel
 import runs
 from config import RunFailed, UserError
 from metrics import interval
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.bfloat16}  # nf4: what is not held in 4 bits
+VALIDATED = ("val_right", "val_silence", "val_other", "silence_minus_right", "other_minus_right")
 BASE_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
@@ -252,6 +255,40 @@ class AudioAttnProcessor:
         return attn.to_out[1](attn.to_out[0](mixed)) / attn.rescale_output_factor
 
 
+def save_memory(unet: nn.Module, cfg) -> None:
+    """Hold and run the frozen UNet as --frozen-dtype nf4, --checkpointing, --channels-last and --compile ask.
+
+    After the audio K and V were copied from it and before LoRA comes on top (QLoRA, Dettmers et al. 2023).
+    """
+    if cfg.frozen_dtype == "nf4":
+        import bitsandbytes
+        linears = {name: module for name, module in unet.named_modules() if isinstance(module, nn.Linear) and "attentions." in name}
+        for name, linear in linears.items():
+            held = bitsandbytes.nn.Linear4bit(linear.in_features, linear.out_features, linear.bias is not None,
+                                              compute_dtype=torch.bfloat16, quant_type="nf4")
+            held.load_state_dict(linear.state_dict())
+            held.requires_grad_(False)
+            unet.set_submodule(name, held.to(linear.weight.device))  # which packs the weight
+        unet.is_loaded_in_4bit = True  # what peft asks before it puts LoRA on a Linear4bit
+    if cfg.checkpointing != "none":
+        unet.enable_gradient_checkpointing()  # never the reentrant kind
+        for block in [unet.mid_block, *unet.up_blocks] if cfg.checkpointing == "down" else ():
+            for module in block.modules():
+                module.gradient_checkpointing = False
+    if cfg.channels_last:
+        unet.to(memory_format=torch.channels_last)
+    if cfg.compile:
+        unet.compile()
+
+
+def make_adamw(groups: list[dict], cfg) -> torch.optim.Optimizer:
+    """torch's AdamW, or bitsandbytes' with moments in 8 bits (Dettmers et al. 2022) for --adam-8bit."""
+    kind = torch.optim.AdamW
+    if cfg.adam_8bit:
+        from bitsandbytes.optim import AdamW8bit as kind
+    return kind(groups, lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
+
+
 def add_lora(unet: nn.Module, rank: int, alpha: float, dropout: float) -> None:
     """Put peft's LoRA (Hu et al. 2021) on to_q, to_k, to_v, to_out.0 of every attention; only it is trainable."""
     from peft import LoraConfig
@@ -267,6 +304,24 @@ class LoraWeights:
 
     def __init__(self, unet: nn.Module):
         self.tensors = {name: p for name, p in unet.named_parameters() if ".lora_" in name}
+
+    def sleep(self, active: int) -> None:
+        """Put the ranks from `active` on to sleep: rows of zeros in A beside the columns of zeros that B begins with.
+
+        A sleeping rank adds nothing and its gradients are exactly 0, so neither Adam nor weight decay moves it.
+        """
+        for name, p in self.tensors.items():
+            if ".lora_A." in name:
+                p.data[active:] = 0
+
+    def wake(self, low: int, high: int, generator: torch.Generator) -> None:
+        """Let the ranks low..high-1 train: rows of A begin as peft's do, normal with deviation 1 / rank.
+
+        B's columns are 0 still, so the output does not change.
+        """
+        for name, p in self.tensors.items():
+            if ".lora_A." in name:
+                p.data[low:high] = torch.randn(high - low, p.shape[1], generator=generator).to(p) / len(p)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in self.tensors.items()}
@@ -305,6 +360,11 @@ def make_ema(parameters: list[nn.Parameter], decay: float):
     return EMAModel(parameters, decay=decay) if decay else None
 
 
+def step_ema(ema, parameters: list[nn.Parameter]) -> None:
+    """Average the parameters in, on the device that holds the averages."""
+    ema.step([p.detach().to(average.device).requires_grad_() for p, average in zip(parameters, ema.shadow_params, strict=True)])
+
+
 @contextmanager
 def averaged(ema, parameters: list[nn.Parameter]):
     """Inside, the parameters hold their averages; without an EMA nothing changes."""
@@ -318,48 +378,70 @@ def averaged(ema, parameters: list[nn.Parameter]):
 
 # --- one step's mechanics -----------------------------------------------------------------------------------------------
 
-def step_generator(*key: int) -> torch.Generator:
-    """A CPU generator that depends on nothing but its key, e.g. (seed, step); also seeds the global one (dropout)."""
-    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
-    torch.manual_seed(seed)
-    return torch.Generator().manual_seed(seed)
+class Draws:
+    """The random numbers of one step: a function of nothing but the key, e.g. (seed, step, micro-step).
+
+    Several processes draw what one alone would draw for the whole batch, and each keeps its samples' share of it, so their
+    number changes nothing. Also seeds the global generator (dropout), for each process apart.
+    """
+
+    def __init__(self, *key: int):
+        self.rank, self.world = parallel.rank(), parallel.world()
+        seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+        self.generator = torch.Generator().manual_seed(seed)
+        torch.manual_seed(seed + self.rank)
+
+    def _share(self, draw, shape: tuple[int, ...]) -> Tensor:
+        everyone = draw((shape[0] * self.world, *shape[1:]))
+        return everyone[self.rank * shape[0]:(self.rank + 1) * shape[0]]
+
+    def normal(self, *shape: int) -> Tensor:
+        return self._share(lambda size: torch.randn(size, generator=self.generator), shape)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """In [0, 1)."""
+        return self._share(lambda size: torch.rand(size, generator=self.generator), shape)
+
+    def integers(self, low: int, high: int, *shape: int) -> Tensor:
+        """From low to high - 1."""
+        return self._share(lambda size: torch.randint(low, high, size, generator=self.generator), shape)
 
 
-def draw_latents(batch: dict, generator: torch.Generator) -> Tensor:
+def draw_latents(batch: dict, draws: Draws) -> Tensor:
     """A sample of the VAE's posterior from the cached mean and std (B, F, C, h, w) -> latents (B, C, h, w).
 
     F is 2 where mirrored pictures are cached too; each sample then draws which one it shows.
     """
     mean, std = batch["latents_mean"], batch["latents_std"]
-    which = torch.randint(mean.shape[1], (len(mean),), generator=generator)
+    which = draws.integers(0, mean.shape[1], len(mean))
     mean, std = mean[range(len(mean)), which], std[range(len(mean)), which]
-    return mean + std * torch.randn(mean.shape, generator=generator)
+    return mean + std * draws.normal(*mean.shape)
 
 
-def draw_timesteps(scheduler, n: int, high_noise_share: float, generator: torch.Generator) -> Tensor:
+def draw_timesteps(scheduler, n: int, high_noise_share: float, draws: Draws) -> Tensor:
     """Timesteps (n,), even over the schedule but for a share that is even over its noisiest fifth."""
     total = scheduler.config.num_train_timesteps
-    timesteps = torch.randint(total, (n,), generator=generator)
+    timesteps = draws.integers(0, total, n)
     if not high_noise_share:
         return timesteps
-    high = torch.randint(total - total // 5, total, (n,), generator=generator)
-    return torch.where(torch.rand(n, generator=generator) < high_noise_share, high, timesteps)
+    high = draws.integers(total - total // 5, total, n)
+    return torch.where(draws.uniform(n) < high_noise_share, high, timesteps)
 
 
-def draw_window(batch: dict, generator: torch.Generator) -> Tensor:
+def draw_window(batch: dict, draws: Draws) -> Tensor:
     """One of each clip's k cached windows: (B, k, E) -> audio_embeds (B, E)."""
     windows = batch["audio_embeds"]
-    return windows[range(len(windows)), torch.randint(windows.shape[1], (len(windows),), generator=generator)]
+    return windows[range(len(windows)), draws.integers(0, windows.shape[1], len(windows))]
 
 
 def drop_conditions(text_tokens: Tensor, audio_embeds: Tensor, empty_text: Tensor, caption: float, audio: float,
-                    both: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+                    both: float, draws: Draws) -> tuple[Tensor, Tensor]:
     """Replace, sample by sample, the caption by the empty one, the sound by the null audio (zeros), or both.
 
     One draw decides for a sample (as in IP-Adapter's training), so the three shares never add up in one sample.
     text_tokens (B, L, D), audio_embeds (B, E), empty_text (L, D).
     """
-    draw = torch.rand(len(text_tokens), generator=generator)
+    draw = draws.uniform(len(text_tokens))
     no_both = draw < both
     no_text = no_both | ((draw >= both) & (draw < both + caption))
     no_audio = no_both | ((draw >= both + caption) & (draw < both + caption + audio))
@@ -476,12 +558,17 @@ def validation_losses(predict, val, scheduler, device, autocast, cfg, sounds=("r
 
 
 def validate(predict, val, scheduler, device, autocast, cfg) -> dict[str, list[float]]:
-    """[mean, low, high] of val_right, val_silence, val_other and of silence and other minus right, paired by clip."""
+    """[mean, low, high] of val_right, val_silence, val_other and of silence and other minus right, paired by clip.
+
+    Rank 0 measures, with no other process beside it; all get its numbers, so that all decide alike.
+    """
+    if not parallel.first():
+        return parallel.of_first(None, VALIDATED)
     losses = validation_losses(predict, val, scheduler, device, autocast, cfg)
     result = {f"val_{sound}": interval(values) for sound, values in losses.items()}
     for sound in ("silence", "other"):
         result[f"{sound}_minus_right"] = interval(losses[sound] - losses["right"])
-    return result
+    return parallel.of_first(result, VALIDATED)
 
 
 # --- logging ----------------------------------------------------------------------------------------------------------
@@ -495,7 +582,8 @@ def log_header(log: runs.Logger, cfg, device, weights: dict, unet: nn.Module, tr
     log.text(f"{cfg.name}: {len(train)} train and {len(val)} validation clips, {train.embed_dim}-wide embeddings, latents "
              f"{'x'.join(map(str, train.latent_shape))}; {device.type}, {cfg.precision} autocast, frozen UNet in "
              f"{cfg.frozen_dtype}")
-    log.text(f"{cfg.name}: effective batch {cfg.batch_size * cfg.accumulation} ({cfg.batch_size} x {cfg.accumulation}), "
+    log.text(f"{cfg.name}: effective batch {cfg.batch_size * cfg.accumulation * parallel.world()} ({cfg.batch_size} x "
+             f"{cfg.accumulation} x {parallel.world()} processes), "
              f"EMA {getattr(cfg, 'ema_decay', 0) or 'off'}, seed {cfg.seed}, memory so far "
              f"{peak_memory_mb(device)['rss']:.0f} MB")
     log.text(f"{cfg.name}: {'resuming at' if progress.step else 'starting at'} step {progress.step} of {cfg.steps}")
@@ -518,14 +606,21 @@ def pick_device(device: str, precision: str, frozen_dtype: str = "fp32"):
     """Return (torch.device, autocast): autocast() is a context in bfloat16, or one that does nothing for fp32.
 
     Raises:
-        UserError: CUDA was asked for and is not there, it has no BF16, or BF16 weights are to run without autocast.
+        UserError: CUDA was asked for and is not there, it has no BF16, or a UNet in fewer bits is to run without autocast.
     """
-    if frozen_dtype == "bf16" and precision == "fp32":
-        raise UserError("--frozen-dtype bf16 needs --precision bf16: a UNet held in bfloat16 cannot compute in float32")
+    if frozen_dtype != "fp32" and precision == "fp32":
+        raise UserError(f"--frozen-dtype {frozen_dtype} needs --precision bf16: a UNet held in fewer bits cannot compute in "
+                        "float32")
     cuda = torch.cuda.is_available()
     if device == "cuda" and not cuda:
         raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu or auto")
-    device = torch.device("cuda" if cuda and device != "cpu" else "cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda and device != "cpu" else torch.device("cpu")
+    if device.type == "cuda":
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"local rank {device.index} has no GPU: torch sees {torch.cuda.device_count()}; give torchrun "
+                            "--nproc-per-node that many processes")
+        torch.cuda.set_device(device)
+    parallel.begin(device)
     if device.type == "cuda" and precision == "bf16" and not torch.cuda.is_bf16_supported():
         raise UserError(f"{torch.cuda.get_device_name()} has no BF16; use --precision fp32")
     return device, lambda: torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")

@@ -74,13 +74,21 @@ class Number:
 
 
 class _Parser(argparse.ArgumentParser):
+    refused: dict[str, str] = {}
+
     def error(self, message: str):
-        raise UserError(f"{message} (see {self.prog} --help)")
+        why = [f"; {reason}" for flag, reason in self.refused.items() if f"--{flag}" in message.split()]
+        raise UserError(f"{message}{''.join(why)} (see {self.prog} --help)")
 
 
-def new_parser(doc: str) -> argparse.ArgumentParser:
-    """A parser without abbreviations that shows the script's docstring and raises UserError on a bad flag."""
-    return _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+def new_parser(doc: str, **refused: str) -> argparse.ArgumentParser:
+    """A parser without abbreviations that shows the script's docstring and raises UserError on a bad flag.
+
+    refused: why this script has no such flag, for flags that others have.
+    """
+    parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.refused = {key.replace("_", "-"): reason for key, reason in refused.items()}
+    return parser
 
 
 def _no_duplicates(pairs: list[tuple]) -> dict:
@@ -174,7 +182,8 @@ def parse_config(parser: argparse.ArgumentParser, section: str, argv: list[str] 
             for key, value in content.get(name, {}).items():
                 where = f"{args.config}: {name}.{key}"
                 if key not in actions:
-                    raise UserError(f"{where}: unknown key; {nearest(key, actions)}")
+                    why = parser.refused.get(key.replace("_", "-"))
+                    raise UserError(f"{where}: unknown key; {why or nearest(key, actions)}")
                 value = _check_value(actions[key], value, where)
                 if args.origin.get(key) != "flag":
                     setattr(args, key, value)
@@ -207,7 +216,13 @@ def common_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     add("--seed", type=Number(int, 0, 2 ** 31 - 1), default=0, help="seed of order, noise, timesteps, drops, LoRA")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto = CUDA if torch sees it")
     add("--precision", choices=("bf16", "fp32"), default="bf16", help="autocast type of the forward pass; fp32 = none")
-    add("--frozen-dtype", choices=("fp32", "bf16"), default="fp32", help="type the frozen UNet is held in")
+    # memory and speed
+    add("--frozen-dtype", choices=("fp32", "bf16", "nf4"), default="fp32",
+        help="type the frozen UNet is held in; nf4 = its attention blocks in 4 bits, the rest in bf16")
+    add("--checkpointing", choices=("none", "down", "all"), default="none",
+        help="blocks of the UNet whose activations are computed again in the backward pass instead of kept")
+    add("--channels-last", action=argparse.BooleanOptionalAction, default=False, help="memory format of convolutions")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the UNet (first step: minutes)")
     # validation
     add("--validate-every", type=Number(int, 0), default=500, help="steps between validations (0 = only at both ends)")
     add("--val-draws", type=Number(int, 1, 100), default=4, help="fixed noise and timestep draws for each clip")
@@ -227,8 +242,9 @@ def common_flags(parser: argparse.ArgumentParser, stage: str) -> None:
 
 
 def settings(args: argparse.Namespace) -> dict:
-    """The resolved settings as a plain dictionary, without what is not a setting."""
-    return {key: value for key, value in sorted(vars(args).items()) if key not in ("origin", "dry_run", "config")}
+    """The resolved settings as a plain dictionary, without what is not a setting. A batch is that of all processes."""
+    found = {key: value for key, value in sorted(vars(args).items()) if key not in ("origin", "dry_run", "config")}
+    return found | {"batch_size": args.batch_size * int(os.environ.get("WORLD_SIZE", 1))}
 
 
 def describe(args: argparse.Namespace) -> str:
@@ -280,6 +296,8 @@ def run_main(main) -> None:
     """Call main() and turn its end into an exit code; the last line on stderr is the one sentence of the error."""
     for signum in stop_signals():
         signal.signal(signum, _raise_stopped)
+    if os.environ.get("RANK", "0") != "0":  # of torchrun's processes one speaks; all may complain
+        sys.stdout = open(os.devnull, "w")
     try:
         code, message = main() or 0, ""
     except Stopped as error:
@@ -297,18 +315,21 @@ def run_main(main) -> None:
         if type(error).__name__ == "OutOfMemoryError":
             message = ("error: the GPU is out of memory; checkpoints are intact; lower --batch-size and raise "
                        "--accumulation by the same factor, or hold the frozen UNet in bfloat16 (--frozen-dtype bf16)")
+        elif type(error).__name__ in ("DistBackendError", "DistNetworkError") or "closed by peer" in str(error):
+            message = "error: another process of this run has ended; its own message says why"
         elif "DataLoader worker" in str(error):
             message = ("error: a data loading process was killed; it ran out of memory or of shared memory: use "
                        "Docker's --shm-size=8g or --workers 0")
         else:
             raise
         code = EXIT_FAILED
+    finally:  # also of an error that nobody foresaw
+        if "multiprocessing" in sys.modules:  # loader workers ignore SIGTERM, with which Python would end them and then wait
+            for child in sys.modules["multiprocessing"].active_children():
+                child.kill()
     if message:
         sys.stdout.flush()
         print(message, file=sys.stderr, flush=True)
-    if "multiprocessing" in sys.modules:  # loader workers ignore SIGTERM, with which Python would end them and then wait
-        for child in sys.modules["multiprocessing"].active_children():
-            child.kill()
     sys.exit(code)
 
 
@@ -346,6 +367,7 @@ def plan(argv: list[str] | None = None) -> None:
         args = ["--config", config, *(t for group in groups if group[0].split("=")[0] in options for t in group)]
         resolved.append(parse_config(parser, f"stage{number}", args))
         print(f"STAGE{number}=({shlex.join(args)})")
+    train_stage2.rank_growth(resolved[1])
     for key in ("run", "data_root", "base_model", "clap_model", "image_size"):
         if len({getattr(cfg, key) for cfg in resolved}) > 1:
             raise UserError(f"{config}: {key} differs between the stages; set it once, in the section common")

@@ -416,7 +416,6 @@ def mixtures(judged: Judged, subject: Subject) -> tuple[tuple, list] | None:
     A B --weights does: are both found? (Of sounds 20 dB apart nobody would hear both. By the RMS of a whole clip one crash
     in four seconds would be raised far above a steady sound.) Where the data say how high a sound is, one is low and the
     other high, as in the sound world's own pairs."""
-    import numpy as np
     import torch
     from tqdm import tqdm
 

@@ -27,6 +27,7 @@ from safetensors.torch import save
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
+import parallel
 from config import RunFailed, UserError, write_atomic
 from data import BadFile, BadRow, Log, Row, decode_audio, load_image, open_audio, open_image, read_manifest
 
@@ -135,7 +136,7 @@ def _judge(bad: list[str], total: int, limit: float, folder: Path, log: Log) -> 
         return
     path = folder / "bad_rows.txt"
     text = "".join(line + "\n" for line in bad)
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+    if parallel.first() and (not path.is_file() or path.read_text(encoding="utf-8") != text):
         write_atomic(path, text.encode())
     for line in bad[:20]:
         log(f"  unusable: {line}")
@@ -150,7 +151,7 @@ def _judge(bad: list[str], total: int, limit: float, folder: Path, log: Log) -> 
 def _header_check(rows: list[Row]) -> dict[int, str]:
     """The rows whose files' headers show that they cannot be used: position -> reason."""
     bad = {}
-    for i, row in enumerate(tqdm(rows, desc="checking files", unit="row", leave=False)):
+    for i, row in enumerate(tqdm(rows, desc="checking files", unit="row", leave=False, disable=not parallel.first())):
         for name, path, opener in (("image", row.image_path, open_image), ("audio", row.audio_path, open_audio)):
             try:
                 opener(path).close()
@@ -226,42 +227,55 @@ def build_features(data_root: str | Path, base_model: Path, clap_model: Path, im
     key = _cache_key(Path(data_root).resolve(), rows, bad, fingerprints, settings)
     folder, total = Path(cache_dir) / key[:16], len(rows) + len(bad)
     index = _read_index(folder, key)
-    if index is None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = open(folder / "lock", "w")
-        except OSError as error:
-            raise UserError(f"{folder}: the feature cache cannot be written ({error.strerror}); "
-                            "choose another --cache-dir") from None
-        with lock:
-            _wait_for_lock(lock, folder, log)
+    if parallel.largest(index is None):
+        with _locked(folder, log):
             index = _read_index(folder, key)  # the process we waited for has finished it, perhaps
-            if index is None:
-                for stale in sorted(folder.glob(".*.tmp")):
-                    stale.unlink()
-                    log(f"removed {stale}, left by a build that was killed")
+            if parallel.largest(index is None):
+                if parallel.first():
+                    for stale in sorted(folder.glob(".*.tmp")):
+                        stale.unlink()
+                        log(f"removed {stale}, left by a build that was killed")
+                parallel.wait()
                 header_bad = _header_check(rows)
                 if len(bad) + len(header_bad) > max_bad_share * total:  # it ends here: find all there is to mend
                     header_bad |= _decode_check(rows, header_bad, workers)
                 _judge([*map(str, bad), *(f"{rows[i].where}: {reason}" for i, reason in sorted(header_bad.items()))],
                        total, max_bad_share, folder, log)
                 build = _Build(Path(data_root).resolve(), folder, key, rows, header_bad, log)
-                index = build.run(Path(base_model), Path(clap_model), settings, batch_size, workers, device)
-                index |= {"fingerprints": fingerprints, "settings": settings, "total": total,
-                          "bad": [*map(str, bad), *index["bad"]]}
-                write_atomic(folder / "index.json", json.dumps(index, ensure_ascii=False).encode())
+                build.fill(Path(base_model), Path(clap_model), settings, batch_size, workers, device)
+                parallel.wait()
+                index = build.index() | {"fingerprints": fingerprints, "settings": settings, "total": total}
+                index["bad"] = [*map(str, bad), *index["bad"]]
+                if parallel.first():
+                    write_atomic(folder / "index.json", json.dumps(index, ensure_ascii=False).encode())
+                parallel.wait()
     _judge(index["bad"], index["total"], max_bad_share, folder, log)
     log(f"features of {len(index['rows'])} rows ready in {folder}")
     return folder
 
 
-def _wait_for_lock(lock, folder: Path, log: Log) -> None:
-    # A POSIX lock: unlike flock it does not pass to the loading processes, so kill -9 frees it at once.
+@contextlib.contextmanager
+def _locked(folder: Path, log: Log):
+    """Hold the cache folder, for all processes of this run, against other runs; it is made if it is not there."""
+    if parallel.first():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = open(folder / "lock", "w")
+        except OSError as error:
+            raise UserError(f"{folder}: the feature cache cannot be written ({error.strerror}); "
+                            "choose another --cache-dir") from None
+        # A POSIX lock: unlike flock it does not pass to the loading processes, so kill -9 frees it at once.
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            log(f"waiting for another process that is building {folder}")
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+    parallel.wait()
     try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        log(f"waiting for another process that is building {folder}")
-        fcntl.lockf(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        if parallel.first():
+            lock.close()
 
 
 class _Build:
@@ -271,21 +285,25 @@ class _Build:
         self.root, self.folder, self.key, self.log = root, folder, key, log
         self.rows, self.header_bad = rows, header_bad
         self.captions = sorted({"", *(row.text for row in rows)})  # the empty one comes first
+        self.texts, self.spans = ({f"{kind}-{n:05d}": range(i, min(i + SHARD_ROWS, total))
+                                   for n, i in enumerate(range(0, total, SHARD_ROWS))}
+                                  for kind, total in (("text", len(self.captions)), ("rows", len(rows))))
 
-    def run(self, base_model: Path, clap_model: Path, settings: dict, batch_size: int, workers: int,
-            device: str) -> dict:
-        """Encode what is missing; return the index."""
-        texts = [range(i, min(i + SHARD_ROWS, len(self.captions))) for i in range(0, len(self.captions), SHARD_ROWS)]
-        spans = [range(i, min(i + SHARD_ROWS, len(self.rows))) for i in range(0, len(self.rows), SHARD_ROWS)]
-        text_records = [self._existing(f"text-{n:05d}") for n in range(len(texts))]
-        records = [self._existing(f"rows-{n:05d}") for n in range(len(spans))]
-        if None in text_records or None in records:
+    def fill(self, base_model: Path, clap_model: Path, settings: dict, batch_size: int, workers: int, device: str) -> None:
+        """Encode what is missing; of several processes each takes its share of the shards."""
+        texts, spans = ({name: span for n, (name, span) in enumerate(every.items())
+                         if n % parallel.world() == parallel.rank() and self._existing(name) is None}
+                        for every in (self.texts, self.spans))
+        if texts or spans:
             encoders = _Encoders(base_model, clap_model, device)
             with torch.inference_mode():
-                for n, span in enumerate(texts):
-                    if text_records[n] is None:
-                        self._encode_text(n, span, encoders, batch_size)
-                self._encode_rows(spans, records, encoders, settings, batch_size, workers)
+                for name, span in texts.items():
+                    self._encode_text(name, span, encoders, batch_size)
+                self._encode_rows(spans, encoders, settings, batch_size, workers)
+
+    def index(self) -> dict:
+        """What the finished shards hold."""
+        records = [self._existing(name) for name in self.spans]
         bad = {**self.header_bad, **{i: reason for record in records for i, reason in record["bad"]}}
         text_ids = {caption: n for n, caption in enumerate(self.captions)}
         entries = []
@@ -317,24 +335,24 @@ class _Build:
         write_atomic(self.folder / f"{name}.safetensors", content)
         return record
 
-    def _encode_text(self, n: int, span: range, encoders: _Encoders, batch_size: int) -> None:
+    def _encode_text(self, name: str, span: range, encoders: _Encoders, batch_size: int) -> None:
         captions = [self.captions[i] for i in span]
         parts = [encoders.text(captions[i:i + batch_size]) for i in range(0, len(captions), batch_size)]
-        self._save(f"text-{n:05d}", {"text_embeds": torch.cat(parts)}, {})
+        self._save(name, {"text_embeds": torch.cat(parts)}, {})
 
-    def _encode_rows(self, spans: list[range], records: list, encoders: _Encoders, settings: dict,
-                     batch_size: int, workers: int) -> None:
-        """Fill the gaps in `records`; batches never straddle shards, so that a build that goes on is bit-equal."""
-        usable = [[i for i in span if i not in self.header_bad] for span in spans]
-        batches = {n: [usable[n][i:i + batch_size] for i in range(0, len(usable[n]), batch_size)]
-                   for n, record in enumerate(records) if record is None}
+    def _encode_rows(self, missing: dict[str, range], encoders: _Encoders, settings: dict, batch_size: int,
+                     workers: int) -> None:
+        """Write the missing shards; batches never straddle shards, so that a build that goes on is bit-equal."""
+        usable = {name: [i for i in span if i not in self.header_bad] for name, span in missing.items()}
+        batches = {name: [part[i:i + batch_size] for i in range(0, len(part), batch_size)] for name, part in usable.items()}
         decoder = _Decode(self.rows, settings["image_size"], encoders.clap.sampling_rate, encoders.clap.window_s,
                           settings["windows"])
         loader = _loader(decoder, [batch for part in batches.values() for batch in part], workers, collate_fn=list)
-        done = sum(len(usable[n]) for n, record in enumerate(records) if record is not None)
+        total, rest = len(self.rows) - len(self.header_bad), sum(map(len, usable.values()))
         with contextlib.closing(iter(loader)) as decoded, \
-                tqdm(total=sum(map(len, usable)), initial=done, desc="features", unit="row") as bar:
-            for n, part in batches.items():
+                tqdm(total=total if parallel.world() == 1 else rest, initial=total - rest if parallel.world() == 1 else 0,
+                     desc="features", unit="row", disable=not parallel.first()) as bar:
+            for name, part in batches.items():
                 tensors, good, bad = [], [], []
                 for batch in part:
                     results = dict(zip(batch, next(decoded)))
@@ -344,8 +362,8 @@ class _Build:
                     if results:
                         tensors.append(encoders.rows(list(results.values()), settings["flip"], batch_size))
                     bar.update(len(batch))
-                joined = {name: torch.cat([t[name] for t in tensors]) for name in (tensors[0] if tensors else ())}
-                records[n] = self._save(f"rows-{n:05d}", joined, {"rows": good, "bad": bad})
+                joined = {key: torch.cat([t[key] for t in tensors]) for key in (tensors[0] if tensors else ())}
+                self._save(name, joined, {"rows": good, "bad": bad})
 
 
 # --- training side ------------------------------------------------------------------------------------------
@@ -422,30 +440,36 @@ def batch_indices(size: int, batch_size: int, seed: int, micro_step: int) -> lis
 
 
 class StepSampler(Sampler):
-    """Batch sampler without state: the batches of micro-steps [start, stop). Resuming is another `start`."""
+    """Batch sampler without state: the batches of micro-steps [start, stop). Resuming is another `start`.
 
-    def __init__(self, size: int, batch_size: int, seed: int, start: int, stop: int):
-        self.size, self.batch_size, self.seed, self.start, self.stop = size, batch_size, seed, start, stop
+    Of `world` processes each takes `batch_size` neighbouring samples of the batch of all; share is (rank, world).
+    """
+
+    def __init__(self, size: int, batch_size: int, seed: int, start: int, stop: int, share: tuple[int, int] = (0, 1)):
+        self.size, self.batch_size, self.seed, self.start, self.stop, self.share = size, batch_size, seed, start, stop, share
 
     def __iter__(self) -> Iterator[list[int]]:
+        rank, world = self.share
         for micro_step in range(self.start, self.stop):
-            yield batch_indices(self.size, self.batch_size, self.seed, micro_step)
+            everyone = batch_indices(self.size, self.batch_size * world, self.seed, micro_step)
+            yield everyone[rank * self.batch_size:(rank + 1) * self.batch_size]
 
     def __len__(self) -> int:
         return max(0, self.stop - self.start)
 
 
 def make_loader(dataset: Dataset, batch_size: int, seed: int, start: int, stop: int, workers: int) -> DataLoader:
-    """The batches of micro-steps [start, stop); the same bits for any number of workers.
+    """This process's share of the batches of micro-steps [start, stop); the same bits for any number of workers.
 
     Raises:
-        UserError: fewer rows than a batch.
+        UserError: fewer rows than a batch of all processes.
     """
-    if len(dataset) < batch_size:
+    share = parallel.rank(), parallel.world()
+    if len(dataset) < batch_size * share[1]:
         where = f"{dataset.data_root}: split {dataset.split!r}" if hasattr(dataset, "split") else "the data set"
-        raise UserError(f"{where} has {len(dataset)} usable rows, fewer than a batch of {batch_size}; "
+        raise UserError(f"{where} has {len(dataset)} usable rows, fewer than a batch of {batch_size * share[1]}; "
                         "add rows or lower --batch-size")
-    sampler = StepSampler(len(dataset), batch_size, seed, start, stop)
+    sampler = StepSampler(len(dataset), batch_size, seed, start, stop, share)
     return _loader(dataset, sampler, workers, torch.cuda.is_available(), persistent_workers=workers > 0)
 
 

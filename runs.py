@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
+import parallel
 from config import RunFailed, Stopped, UserError, stop_signals, write_atomic, write_json
 
 FORMAT = 1
@@ -57,14 +58,21 @@ def _digest(header: dict, tensors: dict[str, Tensor]) -> str:
 
 
 def save_checkpoint(path: Path, objects: dict, header: dict) -> None:
-    """Write every registered object's state_dict and a JSON header with its SHA-256 into one safetensors file.
+    """Write every registered object's state_dict and a JSON header with its SHA-256 into one safetensors file (rank 0 does).
 
     Raises:
         RunFailed: a trainable weight is not finite (nothing is written), or the disk is full.
     """
+    if not parallel.first():
+        return
     tensors: dict[str, Tensor] = {}
     header = {"format": FORMAT, **header,
               "objects": {name: _flatten(part.state_dict(), name, tensors) for name, part in objects.items()}}
+    places = set()
+    for name, tensor in tensors.items():  # safetensors refuses what shares memory, as the tables of 8-bit Adam do
+        if tensor.data_ptr() in places:
+            tensors[name] = tensor.clone()
+        places.add(tensor.data_ptr())
     bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if bad:
         raise RunFailed(f"{path}: {bad[0]} is not finite, so it was not written; the checkpoint before is good")
@@ -180,12 +188,19 @@ class Progress:
 class RunFolder:
     """A stage's folder under a lock: checkpoints/step-NNNNNNNN.safetensors, best.safetensors, final.safetensors.
 
+    Of several processes rank 0 holds the lock and writes; the others only read.
+
     Raises:
         UserError: the folder cannot be made or written, or another process holds it.
     """
 
     def __init__(self, folder: Path, fresh: bool = False):
         self.folder, self.checkpoints = folder, folder / "checkpoints"
+        if parallel.first():
+            self._take(folder, fresh)
+        parallel.wait()
+
+    def _take(self, folder: Path, fresh: bool) -> None:
         try:
             if fresh and folder.exists():
                 backup = folder.with_name(f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -265,6 +280,8 @@ class RunFolder:
 
     def save(self, step: int, objects: dict, header: dict, keep: int) -> None:
         """Save this step's checkpoint, read it back, and only then drop the ones before the last `keep`."""
+        if not parallel.first():
+            return
         save_checkpoint(self.path(step), objects, {**header, "step": step})
         read_checkpoint(self.path(step))
         for old in self.steps()[:-keep]:
@@ -275,7 +292,10 @@ class RunFolder:
 
     def resume(self, objects: dict, header: dict, allow_changed: bool) -> None:
         """Load the newest valid checkpoint, if there is one, after checking that it belongs to this run."""
-        found = self.newest_valid()
+        found = self.newest_valid() if parallel.first() else None  # which names and renames broken ones
+        step = parallel.largest(found[1]["step"] if found else -1)
+        if step >= 0 and not found:
+            found = self.path(step), *read_checkpoint(self.path(step))
         if found:
             path, saved, tensors = found
             for key in ("stage", "fingerprints", "dims", "init"):
@@ -284,7 +304,8 @@ class RunFolder:
                                     "another --run, or begin anew with --fresh")
             check_same_settings(path, saved["settings"], header["settings"], allow_changed)
             load_objects(path, saved, tensors, objects)
-        write_json(self.folder / "config.json", header["settings"])
+        if parallel.first():
+            write_json(self.folder / "config.json", header["settings"])
 
     def stopped(self, signum: int, step: int) -> None:
         raise Stopped(signum, f"step {step} is saved in {self.path(step)}; the same command goes on from there")
@@ -360,23 +381,29 @@ class StopSignal:
 
 
 class Logger:
-    """A line-buffered log.txt, an append-only log.jsonl, and TensorBoard's scalars and pictures."""
+    """A line-buffered log.txt, an append-only log.jsonl, and TensorBoard's scalars and pictures; of rank 0 alone."""
 
     def __init__(self, folder: Path, log_dir: str = "", purge_step: int | None = None):
         from torch.utils.tensorboard import SummaryWriter
         self.folder = folder
+        if not parallel.first():
+            return
         self._text = (folder / "log.txt").open("a", buffering=1, encoding="utf-8")
         self._jsonl = (folder / "log.jsonl").open("a", buffering=1, encoding="utf-8")
         place = Path(log_dir) / folder.parent.name / folder.name if log_dir else folder / "tensorboard"
         self._board = SummaryWriter(place, purge_step=purge_step)
 
     def text(self, line: str) -> None:
+        if not parallel.first():
+            return
         from tqdm import tqdm
         tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()
         self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
     def scalars(self, step: int, **values: float) -> None:
+        if not parallel.first():
+            return
         self._jsonl.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             for suffix, one in zip(("", "_low", "_high"), value if isinstance(value, list) else [value]):
@@ -392,6 +419,8 @@ class Logger:
 
 def write_sweep(folder: Path, before: list[dict], after: list[dict], tanh_gate: float, window: tuple) -> None:
     """Write the gate sweep as sweep.json and as a plot, sweep.png: loss and its 95 % interval against tanh(gate)."""
+    if not parallel.first():
+        return
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

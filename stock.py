@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
+import parallel
 import runs
 from common import AudioAttentionAdapter, AudioProjectionMLP, peak_memory_mb, quiet_libraries
 from config import GUIDANCE, RunFailed, write_atomic, write_json
@@ -76,12 +77,16 @@ def check_export(adapter_path: Path, base_dir: Path, audio_proj: AudioProjection
     batch = {key: value.cpu() for key, value in batch.items()}
     audio_tokens = audio_proj.cpu()(batch["audio_embeds"])
     pipe = load_stock_pipeline(base_dir, adapter_path, vae=None, text_encoder=None, tokenizer=None)
-    if next(unet.parameters()).dtype != torch.float32:  # held rounded: compare with the base's own float32 weights
+    if next(unet.parameters()).dtype != torch.float32:  # held in fewer bits: compare with the base's own float32 weights
+        for name, module in list(unet.named_modules()):
+            if hasattr(module, "quant_state"):
+                unet.set_submodule(name, pipe.unet.get_submodule(name))
         whole = dict(pipe.unet.named_parameters())
         for name, p in unet.named_parameters():
             p.data = p.data.float() if ".lora_" in name else whole[name].data.clone()
     unet.cpu().eval(), audio_attn.cpu()
-    ours = unet(batch["noisy_latents"], batch["timesteps"], (batch["text_tokens"], audio_tokens)).sample
+    with torch.compiler.set_stance("force_eager"):
+        ours = unet(batch["noisy_latents"], batch["timesteps"], (batch["text_tokens"], audio_tokens)).sample
     stock = pipe.unet(batch["noisy_latents"], batch["timesteps"], batch["text_tokens"],
                       added_cond_kwargs={"image_embeds": [batch["audio_embeds"][:, None]]}).sample
     difference = float((ours - stock).abs().max() / max(1.0, float(ours.abs().max())))
@@ -177,6 +182,8 @@ def sample_pictures(adapter_path: Path, base: Path, val, cfg, device, steps: int
 
 def sample_during(folder, weights: dict, unet: nn.Module, base: Path, header: dict, val, cfg, log, step, device) -> None:
     """Sample pictures of the weights as they are now, through the same export and pipeline as the final ones."""
+    if not parallel.first():
+        return
     preview = folder.folder / "preview.safetensors"
     write_adapter(preview, weights, unet, {**header, "step": step})
     sheet = sample_pictures(preview, base, val, cfg, device)
@@ -188,6 +195,8 @@ def sample_during(folder, weights: dict, unet: nn.Module, base: Path, header: di
 def finish(folder, weights: dict, unet: nn.Module, base: Path, header: dict, val, scheduler, cfg, progress, log, result,
            device) -> None:
     """Write final.safetensors and adapter.safetensors, prove the latter in a stock pipeline, write result.json last."""
+    if not parallel.first():
+        return
     header = {**header, "step": progress.step}
     adapter_path = folder.folder / "adapter.safetensors"
     write_adapter(adapter_path, weights, unet, header)

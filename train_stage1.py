@@ -45,7 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--warmup-steps", type=Number(int, 0), default=100, help="steps of linear warm-up before the cosine")
     add("--clip", type=Number(float, 1e-6), default=0.5, help="largest gradient norm")
     add("--min-snr-gamma", type=Number(float, 0, 1000), default=0.0, help="gamma of Min-SNR loss weights (0 = plain loss)")
+    add("--adam-8bit", action=argparse.BooleanOptionalAction, default=False, help="AdamW with moments in 8 bits (bitsandbytes)")
     add("--ema-decay", type=Number(float, 0, 0.999999), default=0.0, help="decay of averaged weights (0 = no EMA)")
+    add("--ema-on-cpu", action=argparse.BooleanOptionalAction, default=False, help="hold the averaged weights on the CPU")
     # stopping
     add("--best-metric", choices=("val_right", "silence_minus_right", "other_minus_right"), default="val_right",
         help="what decides best and early stopping")
@@ -75,20 +77,21 @@ def main(argv: list[str] | None = None) -> None:
 
     import common
     import features
+    import parallel
     import runs
     import stock
 
-    def adapter_loss(batch: dict, generator: torch.Generator) -> torch.Tensor:
+    def adapter_loss(batch: dict, draws: common.Draws) -> torch.Tensor:
         """DDPM's simple loss (Ho et al. 2020, eq. 14) with the sound as condition; a scalar in float32."""
-        latents = common.draw_latents(batch, generator).to(device)  # (B, C, h, w)
-        noise = torch.randn(latents.shape, generator=generator).to(device)
-        timesteps = common.draw_timesteps(scheduler, len(latents), cfg.high_noise_share, generator).to(device)
+        latents = common.draw_latents(batch, draws).to(device)  # (B, C, h, w)
+        noise = draws.normal(*latents.shape).to(device)
+        timesteps = common.draw_timesteps(scheduler, len(latents), cfg.high_noise_share, draws).to(device)
         text_tokens, audio_embeds = common.drop_conditions(
-            batch["text_embeds"], common.draw_window(batch, generator), train.empty_text_embeds,
-            cfg.caption_drop, cfg.audio_drop, cfg.both_drop, generator)
+            batch["text_embeds"], common.draw_window(batch, draws), train.empty_text_embeds,
+            cfg.caption_drop, cfg.audio_drop, cfg.both_drop, draws)
         noisy_latents = scheduler.add_noise(latents, noise, timesteps)
         with autocast():
-            pred = predict(noisy_latents, timesteps, text_tokens.to(device), audio_embeds.to(device))
+            pred = model(noisy_latents, timesteps, text_tokens.to(device), audio_embeds.to(device))
         target = common.diffusion_target(scheduler, latents, noise, timesteps)
         loss_weights = common.min_snr_weights(scheduler, timesteps, cfg.min_snr_gamma)
         return (loss_weights * common.mse_per_sample(pred, target)).mean()
@@ -119,12 +122,13 @@ def main(argv: list[str] | None = None) -> None:
     audio_attn = common.AudioAttentionAdapter(unet, cfg.strength).to(device)
     audio_attn.gate.requires_grad_(False)
     audio_attn.attach(unet)
+    common.save_memory(unet, cfg)
 
     # optimizer and everything that is saved and loaded
     weights = {"audio_proj": audio_proj, "audio_attn": audio_attn}
     parameters = common.trainable_parameters(weights)
     groups = common.parameter_groups(weights, audio_proj=cfg.projection_lr_scale)
-    optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
+    optimizer = common.make_adamw(groups, cfg)
     ema = common.make_ema(parameters, cfg.ema_decay)
     progress = runs.Progress()
     objects = {**weights, "optimizer": optimizer, "progress": progress, **({"ema": ema} if ema else {})}
@@ -132,10 +136,11 @@ def main(argv: list[str] | None = None) -> None:
     header = runs.make_header(STAGE, settings(cfg), train.cache.name, fingerprints, dims)
     folder.resume(objects, header, cfg.allow_changed)
     if ema:
-        ema.to(device)  # a checkpoint is read on the CPU
+        ema.to("cpu" if cfg.ema_on_cpu else device)  # a checkpoint is read on the CPU
     log = runs.Logger(folder.folder, cfg.log_dir, purge_step=progress.step)
     common.log_header(log, cfg, device, weights, unet, train, val, progress)
     check = common.FiniteCheck(log)
+    model = parallel.wrap(predict, unet=unet, audio_proj=audio_proj, audio_attn=audio_attn)
     batches = iter(features.make_loader(train, cfg.batch_size, cfg.seed, progress.step * cfg.accumulation,
                                     cfg.steps * cfg.accumulation, cfg.workers))
 
@@ -144,7 +149,8 @@ def main(argv: list[str] | None = None) -> None:
             return common.validate(predict, val, scheduler, device, autocast, cfg)
 
     with runs.StopSignal() as stop, \
-            tqdm(total=cfg.steps, initial=progress.step, desc=cfg.name, unit="step", dynamic_ncols=True) as bar:
+            tqdm(total=cfg.steps, initial=progress.step, desc=cfg.name, unit="step", dynamic_ncols=True,
+                 disable=not parallel.first()) as bar:
         while True:
             # validation, checkpoint and stopping, before the step
             step = progress.step
@@ -156,6 +162,7 @@ def main(argv: list[str] | None = None) -> None:
                 progress.ended = f"no improvement in {cfg.patience} validations"
             if step >= cfg.steps:
                 progress.ended = progress.ended or "all steps"
+            stop.signum = parallel.largest(stop.signum)
             if stop.signum or progress.ended or step % cfg.save_every == 0:
                 folder.save(step, objects, header, cfg.keep)
             if stop.signum:
@@ -173,15 +180,17 @@ def main(argv: list[str] | None = None) -> None:
             total, sample_ids = 0.0, []
             for micro in range(cfg.accumulation):
                 batch = next(batches)
-                loss = adapter_loss(batch, common.step_generator(cfg.seed, step, micro)) / cfg.accumulation
-                loss.backward()
+                with parallel.sync_at(model, micro == cfg.accumulation - 1):
+                    loss = adapter_loss(batch, common.Draws(cfg.seed, step, micro)) / cfg.accumulation
+                    loss.backward()
                 total = total + loss.detach()
                 sample_ids += [train.rows[i]["id"] for i in batch["index"]]
+            total = parallel.mean(total)
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip)
             if check(step, total, grad_norm, sample_ids):
                 optimizer.step()
                 if ema:
-                    ema.step(parameters)
+                    common.step_ema(ema, parameters)
             progress.step += 1
             progress.step_seconds += time.perf_counter() - began
             common.log_step(log, bar, cfg, progress, total, grad_norm, lr=lr_at(step, cfg), device=device)

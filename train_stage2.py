@@ -17,7 +17,7 @@ import math
 import time
 from pathlib import Path
 
-from config import Number, common_flags, describe, new_parser, parse_config, run_main, settings
+from config import Number, UserError, common_flags, describe, new_parser, parse_config, run_main, settings
 
 STAGE = "stage2"
 
@@ -28,6 +28,8 @@ def build_parser() -> argparse.ArgumentParser:
     # the adapter and LoRA
     add("--init-from", default="", help="stage 1's folder to start from ('' = RUN/stage1)")
     add("--lora-rank", type=Number(int, 0, 1024), default=8, help="rank of LoRA's matrices (0 = no LoRA: the adapter alone)")
+    add("--rank-growth", nargs="+", type=Number(int, 0), default=[],
+        help="LoRA's active rank grows: STEP RANK STEP RANK ..., e.g. 0 2 200 4 400 8, the last one --lora-rank")
     add("--lora-alpha", type=Number(float, 0.01), default=32.0, help="LoRA is scaled by alpha / rank")
     add("--lora-dropout", type=Number(float, 0, 0.99), default=0.1, help="dropout on LoRA's input")
     add("--strength", type=Number(float, 0.01, 0.99), default=0.4, help="tanh(gate), pinned during this stage")
@@ -46,7 +48,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--warmup-share", type=Number(float, 0, 1), default=0.1, help="share of steps in linear warm-up")
     add("--clip", type=Number(float, 1e-6), default=0.5, help="largest gradient norm")
     add("--min-snr-gamma", type=Number(float, 0, 1000), default=0.0, help="gamma of Min-SNR loss weights (0 = plain loss)")
+    add("--adam-8bit", action=argparse.BooleanOptionalAction, default=False, help="AdamW with moments in 8 bits (bitsandbytes)")
     add("--ema-decay", type=Number(float, 0, 0.999999), default=0.0, help="decay of averaged weights (0 = no EMA)")
+    add("--ema-on-cpu", action=argparse.BooleanOptionalAction, default=False, help="hold the averaged weights on the CPU")
     # stopping
     add("--best-metric", choices=("val_right", "silence_minus_right", "other_minus_right"), default="val_right",
         help="what decides best and early stopping")
@@ -54,6 +58,20 @@ def build_parser() -> argparse.ArgumentParser:
     add("--min-delta", type=Number(float, 0), default=0.0, help="smallest change that counts as improvement")
     common_flags(parser, STAGE)
     return parser
+
+
+def rank_growth(cfg: argparse.Namespace) -> dict[int, int]:
+    """LoRA's active rank from a step on, {step: rank}.
+
+    Raises:
+        UserError: steps or ranks do not rise, the first step is not 0 or the last rank is not --lora-rank.
+    """
+    steps, ranks = cfg.rank_growth[::2], cfg.rank_growth[1::2]
+    if steps and not (len(steps) == len(ranks) and steps[0] == 0 and ranks[0] > 0 and ranks[-1] == cfg.lora_rank
+                      and all(a < b for row in (steps, ranks) for a, b in zip(row, row[1:]))):
+        raise UserError(f"--rank-growth {' '.join(map(str, cfg.rank_growth))}: expected STEP RANK pairs that rise, from step 0 "
+                        f"to rank {cfg.lora_rank} (--lora-rank), such as 0 {max(1, cfg.lora_rank // 2)} 1000 {cfg.lora_rank}")
+    return dict(zip(steps, ranks))
 
 
 def lr_at(step: int, cfg: argparse.Namespace) -> float:
@@ -67,6 +85,7 @@ def lr_at(step: int, cfg: argparse.Namespace) -> float:
 
 def main(argv: list[str] | None = None) -> None:
     cfg = parse_config(build_parser(), STAGE, argv)
+    growth = rank_growth(cfg)
     print(f"{cfg.name}: settings\n{describe(cfg)}", flush=True)
     if cfg.dry_run:
         return
@@ -77,20 +96,21 @@ def main(argv: list[str] | None = None) -> None:
 
     import common
     import features
+    import parallel
     import runs
     import stock
 
-    def adapter_loss(batch: dict, generator: torch.Generator) -> torch.Tensor:
+    def adapter_loss(batch: dict, draws: common.Draws) -> torch.Tensor:
         """DDPM's simple loss (Ho et al. 2020, eq. 14) with the sound as condition; a scalar in float32."""
-        latents = common.draw_latents(batch, generator).to(device)  # (B, C, h, w)
-        noise = torch.randn(latents.shape, generator=generator).to(device)
-        timesteps = common.draw_timesteps(scheduler, len(latents), cfg.high_noise_share, generator).to(device)
+        latents = common.draw_latents(batch, draws).to(device)  # (B, C, h, w)
+        noise = draws.normal(*latents.shape).to(device)
+        timesteps = common.draw_timesteps(scheduler, len(latents), cfg.high_noise_share, draws).to(device)
         text_tokens, audio_embeds = common.drop_conditions(
-            batch["text_embeds"], common.draw_window(batch, generator), train.empty_text_embeds,
-            cfg.caption_drop, cfg.audio_drop, cfg.both_drop, generator)
+            batch["text_embeds"], common.draw_window(batch, draws), train.empty_text_embeds,
+            cfg.caption_drop, cfg.audio_drop, cfg.both_drop, draws)
         noisy_latents = scheduler.add_noise(latents, noise, timesteps)
         with autocast():
-            pred = predict(noisy_latents, timesteps, text_tokens.to(device), audio_embeds.to(device))
+            pred = model(noisy_latents, timesteps, text_tokens.to(device), audio_embeds.to(device))
         target = common.diffusion_target(scheduler, latents, noise, timesteps)
         loss_weights = common.min_snr_weights(scheduler, timesteps, cfg.min_snr_gamma)
         return (loss_weights * common.mse_per_sample(pred, target)).mean()
@@ -126,15 +146,18 @@ def main(argv: list[str] | None = None) -> None:
     runs.load_objects(before_path, before, before_tensors, {"audio_proj": audio_proj, "audio_attn": audio_attn})
     audio_proj.proj[0].requires_grad_(not before["settings"].get("whiten"))  # a whitening stays as it is
     audio_attn.set_strength(cfg.strength)
+    common.save_memory(unet, cfg)
     if cfg.lora_rank:
         common.add_lora(unet, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout)
     print(f"{cfg.name}: starts from {before_path} (step {before['step']}, {num_tokens} audio tokens)", flush=True)
 
     # optimizer and everything that is saved and loaded
-    weights = {"audio_proj": audio_proj, "audio_attn": audio_attn, "lora": common.LoraWeights(unet)}
+    lora = common.LoraWeights(unet)
+    lora.sleep(growth.get(0, cfg.lora_rank))
+    weights = {"audio_proj": audio_proj, "audio_attn": audio_attn, "lora": lora}
     parameters = common.trainable_parameters(weights)
     groups = common.parameter_groups(weights, audio_proj=cfg.projection_lr_scale)
-    optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
+    optimizer = common.make_adamw(groups, cfg)
     ema = common.make_ema(parameters, cfg.ema_decay)
     progress = runs.Progress()
     objects = {**weights, "optimizer": optimizer, "progress": progress, **({"ema": ema} if ema else {})}
@@ -143,10 +166,11 @@ def main(argv: list[str] | None = None) -> None:
     header = runs.make_header(STAGE, settings(cfg), train.cache.name, fingerprints, dims, before["sha256"])
     folder.resume(objects, header, cfg.allow_changed)
     if ema:
-        ema.to(device)  # a checkpoint is read on the CPU
+        ema.to("cpu" if cfg.ema_on_cpu else device)  # a checkpoint is read on the CPU
     log = runs.Logger(folder.folder, cfg.log_dir, purge_step=progress.step)
     common.log_header(log, cfg, device, weights, unet, train, val, progress)
     check = common.FiniteCheck(log)
+    model = parallel.wrap(predict, unet=unet, audio_proj=audio_proj, audio_attn=audio_attn)
     batches = iter(features.make_loader(train, cfg.batch_size, cfg.seed, progress.step * cfg.accumulation,
                                     cfg.steps * cfg.accumulation, cfg.workers))
 
@@ -156,7 +180,8 @@ def main(argv: list[str] | None = None) -> None:
             return common.validate(predict, val, scheduler, device, autocast, cfg)
 
     with runs.StopSignal() as stop, \
-            tqdm(total=cfg.steps, initial=progress.step, desc=cfg.name, unit="step", dynamic_ncols=True) as bar:
+            tqdm(total=cfg.steps, initial=progress.step, desc=cfg.name, unit="step", dynamic_ncols=True,
+                 disable=not parallel.first()) as bar:
         while True:
             # validation, checkpoint and stopping, before the step
             step = progress.step
@@ -168,6 +193,7 @@ def main(argv: list[str] | None = None) -> None:
                 progress.ended = f"no improvement in {cfg.patience} validations"
             if step >= cfg.steps:
                 progress.ended = progress.ended or "all steps"
+            stop.signum = parallel.largest(stop.signum)
             if stop.signum or progress.ended or step % cfg.save_every == 0:
                 folder.save(step, objects, header, cfg.keep)
             if stop.signum:
@@ -178,6 +204,9 @@ def main(argv: list[str] | None = None) -> None:
                 stock.sample_during(folder, weights, unet, base, header, val, cfg, log, step, device)
 
             # the step
+            if step and step in growth:
+                lora.wake(max(rank for at, rank in growth.items() if at < step), growth[step], common.Draws(cfg.seed, step).generator)
+                log.text(f"step {step}: LoRA's active rank is {growth[step]}")
             unet.train()
             began = time.perf_counter()
             for group in optimizer.param_groups:
@@ -186,15 +215,17 @@ def main(argv: list[str] | None = None) -> None:
             total, sample_ids = 0.0, []
             for micro in range(cfg.accumulation):
                 batch = next(batches)
-                loss = adapter_loss(batch, common.step_generator(cfg.seed, step, micro)) / cfg.accumulation
-                loss.backward()
+                with parallel.sync_at(model, micro == cfg.accumulation - 1):
+                    loss = adapter_loss(batch, common.Draws(cfg.seed, step, micro)) / cfg.accumulation
+                    loss.backward()
                 total = total + loss.detach()
                 sample_ids += [train.rows[i]["id"] for i in batch["index"]]
+            total = parallel.mean(total)
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip)
             if check(step, total, grad_norm, sample_ids):
                 optimizer.step()
                 if ema:
-                    ema.step(parameters)
+                    common.step_ema(ema, parameters)
             progress.step += 1
             progress.step_seconds += time.perf_counter() - began
             common.log_step(log, bar, cfg, progress, total, grad_norm, lr=lr_at(step, cfg), device=device)

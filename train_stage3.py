@@ -24,7 +24,8 @@ STAGE = "stage3"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = new_parser(__doc__)
+    parser = new_parser(__doc__, adam_8bit="stage 3 trains one number, whose two moments are 8 bytes: 8 bits would save nothing "
+                        "and round every step; give it to stages 1 and 2")
     add = parser.add_argument
     # what this stage starts from
     add("--init-from", default="", help="stage 2's folder to start from ('' = RUN/stage2)")
@@ -61,20 +62,21 @@ def main(argv: list[str] | None = None) -> None:
     import common
     import features
     import metrics
+    import parallel
     import runs
     import stock
 
-    def gate_loss(batch: dict, generator: torch.Generator) -> torch.Tensor:
+    def gate_loss(batch: dict, draws: common.Draws) -> torch.Tensor:
         """DDPM's simple loss (Ho et al. 2020, eq. 14) as a function of the gate; a scalar in float32."""
-        latents = common.draw_latents(batch, generator).to(device)  # (B, C, h, w)
-        noise = torch.randn(latents.shape, generator=generator).to(device)
-        timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), generator=generator).to(device)
+        latents = common.draw_latents(batch, draws).to(device)  # (B, C, h, w)
+        noise = draws.normal(*latents.shape).to(device)
+        timesteps = draws.integers(0, scheduler.config.num_train_timesteps, len(latents)).to(device)
         text_tokens, audio_embeds = common.drop_conditions(
-            batch["text_embeds"], common.draw_window(batch, generator), train.empty_text_embeds,
-            cfg.caption_drop, cfg.audio_drop, cfg.both_drop, generator)
+            batch["text_embeds"], common.draw_window(batch, draws), train.empty_text_embeds,
+            cfg.caption_drop, cfg.audio_drop, cfg.both_drop, draws)
         noisy_latents = scheduler.add_noise(latents, noise, timesteps)
         with autocast():
-            pred = predict(noisy_latents, timesteps, text_tokens.to(device), audio_embeds.to(device))
+            pred = model(noisy_latents, timesteps, text_tokens.to(device), audio_embeds.to(device))
         target = common.diffusion_target(scheduler, latents, noise, timesteps)
         return common.mse_per_sample(pred, target).mean()
 
@@ -105,6 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     audio_proj = common.AudioProjectionMLP(train.embed_dim, unet.config.cross_attention_dim, dims["num_tokens"])
     audio_attn = common.AudioAttentionAdapter(unet, 0.0)
     audio_attn.attach(unet)
+    common.save_memory(unet, cfg)
     if dims["lora"][0]:
         common.add_lora(unet, *dims["lora"], dropout=0.0)
     weights = {"audio_proj": audio_proj.to(device), "audio_attn": audio_attn.to(device),
@@ -128,11 +131,14 @@ def main(argv: list[str] | None = None) -> None:
     log = runs.Logger(folder.folder, cfg.log_dir, purge_step=progress.step)
     common.log_header(log, cfg, device, weights, unet, train, val, progress)
     check = common.FiniteCheck(log)
+    model = parallel.wrap(predict, unet=unet, audio_proj=audio_proj, audio_attn=audio_attn)
     batches = iter(features.make_loader(train, cfg.batch_size, cfg.seed, progress.step * cfg.accumulation,
                                     cfg.steps * cfg.accumulation, cfg.workers))
 
     def gate_sweep() -> list[dict]:
         """Validation loss with the right sound at each tanh(gate) from 0 to 1, on fixed noise; the gate is put back."""
+        if not parallel.first():
+            return []
         kept, table = audio_attn.gate.data.clone(), []
         for strength in [i / 10 for i in range(11)]:
             audio_attn.set_strength(strength)
@@ -143,7 +149,8 @@ def main(argv: list[str] | None = None) -> None:
         return table
 
     with runs.StopSignal() as stop, \
-            tqdm(total=cfg.steps, initial=progress.step, desc=cfg.name, unit="step", dynamic_ncols=True) as bar:
+            tqdm(total=cfg.steps, initial=progress.step, desc=cfg.name, unit="step", dynamic_ncols=True,
+                 disable=not parallel.first()) as bar:
         progress.sweep_before = progress.sweep_before or gate_sweep()
         while True:
             # validation, checkpoint and stopping, before the step
@@ -159,6 +166,7 @@ def main(argv: list[str] | None = None) -> None:
                 progress.ended = "all steps, outside the window" if not progress.in_window else "all steps"
             if progress.ended:
                 progress.sweep_after = progress.sweep_after or gate_sweep()
+            stop.signum = parallel.largest(stop.signum)
             if stop.signum or progress.ended or step % cfg.save_every == 0:
                 folder.save(step, objects, header, cfg.keep)
             if stop.signum:
@@ -174,10 +182,12 @@ def main(argv: list[str] | None = None) -> None:
             total, sample_ids = 0.0, []
             for micro in range(cfg.accumulation):
                 batch = next(batches)
-                loss = gate_loss(batch, common.step_generator(cfg.seed, step, micro)) / cfg.accumulation
-                loss.backward()
+                with parallel.sync_at(model, micro == cfg.accumulation - 1):
+                    loss = gate_loss(batch, common.Draws(cfg.seed, step, micro)) / cfg.accumulation
+                    loss.backward()
                 total = total + loss.detach()
                 sample_ids += [train.rows[i]["id"] for i in batch["index"]]
+            total = parallel.mean(total)
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip)
             if check(step, total, grad_norm, sample_ids):
                 optimizer.step()

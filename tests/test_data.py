@@ -514,6 +514,26 @@ lock = open({str(cache / "lock")!r}, "w"); fcntl.lockf(lock, fcntl.LOCK_EX); pri
     assert any("waiting for another process" in line for line in lines) and time.monotonic() - start > 0.7
 
 
+def test_processes_build_the_cache_in_shares(tmp_path, models, monkeypatch):
+    """Each fills its own shards; together they are, byte for byte, those of one process."""
+    monkeypatch.setattr(features, "SHARD_ROWS", 4)
+    root = folder(tmp_path / "data", 18)
+    whole = build(root, models, tmp_path / "one")
+    rows, _ = data.read_manifest(root)
+    key, shared, written = json.loads((whole / "index.json").read_text())["key"], tmp_path / "two", []
+    shared.mkdir()
+    for rank in (1, 0, 2):
+        monkeypatch.setattr(features.parallel, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(features.parallel, "world", lambda: 3)
+        build_ = features._Build(root.resolve(), shared, key, rows, {}, print)
+        build_.fill(*models, {"image_size": SIZE, "windows": 1, "flip": False}, 16, 0, "cpu")
+        written.append({path.name for path in shared.iterdir()} - set().union(*written))
+    assert [len([name for name in names if name.startswith("rows")]) for names in written] == [2, 2, 1]
+    for path in whole.glob("*.safetensors"):
+        assert (shared / path.name).read_bytes() == path.read_bytes(), path.name
+    assert build_.index()["rows"] == json.loads((whole / "index.json").read_text())["rows"]
+
+
 # --- training side ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("size, batch", [(1, 1), (5, 2), (7, 3), (16, 4), (10, 10), (3, 7)])
@@ -524,6 +544,10 @@ def test_every_epoch_shows_each_sample_once_and_any_step_can_start(size, batch):
         assert sorted(stream[epoch * size:(epoch + 1) * size]) == list(range(size))
     assert list(features.StepSampler(size, batch, 3, 2, steps)) == list(features.StepSampler(size, batch, 3, 0, steps))[2:]
     assert stream[:size] == np.random.default_rng([3, 0]).permutation(size).tolist()
+    for world in (2, 3):  # processes that take their share of each batch show the same stream, wherever it begins
+        shares = [list(features.StepSampler(size, batch, 3, 1, 5, (rank, world))) for rank in range(world)]
+        together = [sum(parts, []) for parts in zip(*shares)]
+        assert together == list(features.StepSampler(size, batch * world, 3, 1, 5))
     if size > 4:
         assert stream[:size] != stream[size:2 * size] and stream[:batch] != features.batch_indices(size, batch, 4, 0)
 

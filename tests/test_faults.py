@@ -230,7 +230,7 @@ def test_help_answers_at_once(name):
     assert not done.stderr
 
 
-@pytest.mark.parametrize("ending, code", [("pass", 0), ("raise config.RunFailed('it broke')", 1)])
+@pytest.mark.parametrize("ending, code", [("pass", 0), ("raise config.RunFailed('it broke')", 1), ("raise KeyError('nobody foresaw it')", 1)])
 def test_a_worker_that_ignores_signals_does_not_keep_a_finished_program_alive(ending, code):
     """Python ends its children with SIGTERM and waits; a stage whose loader was still open once waited for ever."""
     program = f"""

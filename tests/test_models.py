@@ -206,7 +206,7 @@ def test_loss_and_target_equal_float64(kind):
 def test_conditions_are_dropped_by_sample_in_the_asked_shares():
     n = 20000
     text, audio, empty = torch.ones(n, 1, 1), torch.ones(n, 2), torch.full((1, 1), 7.0)
-    text, audio = common.drop_conditions(text, audio, empty, 0.5, 0.05, 0.1, torch.Generator().manual_seed(0))
+    text, audio = common.drop_conditions(text, audio, empty, 0.5, 0.05, 0.1, common.Draws(0))
     no_text, no_audio = text[:, 0, 0] == 7, audio[:, 0] == 0
     shares = [float((a & b).float().mean()) for a, b in
               ((no_text, ~no_audio), (~no_text, no_audio), (no_text, no_audio), (~no_text, ~no_audio))]
@@ -214,17 +214,17 @@ def test_conditions_are_dropped_by_sample_in_the_asked_shares():
 
 
 def test_randomness_depends_on_the_key_alone():
-    a = torch.randn(4, generator=common.step_generator(3, 17, 0))
+    a = common.Draws(3, 17, 0).normal(4)
     torch.randn(99)
-    assert torch.equal(a, torch.randn(4, generator=common.step_generator(3, 17, 0)))
+    assert torch.equal(a, common.Draws(3, 17, 0).normal(4))
     for key in ((3, 18, 0), (4, 17, 0), (3, 17, 1)):
-        assert not torch.equal(a, torch.randn(4, generator=common.step_generator(*key)))
+        assert not torch.equal(a, common.Draws(*key).normal(4))
 
 
 def test_latents_are_drawn_from_the_cached_posterior():
     batch = {"latents_mean": torch.tensor([[1.0, -1.0]]).expand(4000, 2).reshape(4000, 2, 1, 1, 1),
              "latents_std": torch.full((4000, 2, 1, 1, 1), 0.1)}
-    latents = common.draw_latents(batch, torch.Generator().manual_seed(0)).flatten()
+    latents = common.draw_latents(batch, common.Draws(0)).flatten()
     assert (latents > 0).float().mean().item() == pytest.approx(0.5, abs=0.03)  # mirrored or not, by halves
     assert latents[latents > 0].std().item() == pytest.approx(0.1, abs=0.005)
 
@@ -262,9 +262,9 @@ def test_whitening_makes_faint_directions_as_loud_as_strong_ones():
 
 def test_timesteps_are_even_but_for_the_share_asked_for():
     from diffusers import DDPMScheduler
-    generator = torch.Generator().manual_seed(0)
-    even = common.draw_timesteps(DDPMScheduler(), 20000, 0.0, generator)
-    half = common.draw_timesteps(DDPMScheduler(), 20000, 0.5, generator)
+    draws = common.Draws(0)
+    even = common.draw_timesteps(DDPMScheduler(), 20000, 0.0, draws)
+    half = common.draw_timesteps(DDPMScheduler(), 20000, 0.5, draws)
     assert even.min() == 0 and even.max() == 999 and (even >= 800).float().mean() == pytest.approx(0.2, abs=0.01)
     assert half.min() == 0 and half.max() == 999 and (half >= 800).float().mean() == pytest.approx(0.6, abs=0.01)
 

@@ -111,7 +111,8 @@ def test_one_and_two_workers_give_the_same_weights(config, run, tmp_path):
 
 
 def test_a_copied_script_runs_under_another_name(config, run, tmp_path):
-    for name in ("train_stage2.py", "common.py", "config.py", "data.py", "features.py", "metrics.py", "runs.py", "stock.py"):
+    for name in ("train_stage2.py", "common.py", "config.py", "data.py", "features.py", "metrics.py", "parallel.py", "runs.py",
+                 "stock.py"):
         shutil.copy(ROOT / name, tmp_path / ("train_ablation.py" if name == "train_stage2.py" else name))
     shutil.copytree(run / "stage1", tmp_path / "run/stage1")
     import subprocess

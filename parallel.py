@@ -1,0 +1,98 @@
+"""One run in several processes, with torch's own engine: torchrun starts them, DistributedDataParallel averages gradients.
+
+    torchrun --standalone --nproc-per-node 2 train_stage1.py --batch-size 4     # the same losses as one process with 8
+
+Every process takes its share of a batch; rank 0 alone writes. Without torchrun there is one process, and everything here
+does nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+TIMEOUT = datetime.timedelta(hours=6)  # others wait while rank 0 validates or writes: longer than torch's ten minutes
+_control = None  # a gloo group for decisions, beside NCCL's for gradients
+
+
+def begin(device: torch.device) -> None:
+    """Join the processes that torchrun has started, if it has."""
+    global _control
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        _control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def first() -> bool:
+    """True in the process that writes."""
+    return rank() == 0
+
+
+def wait() -> None:
+    """Go on when all processes have come here."""
+    if world() > 1:
+        dist.barrier(group=_control)
+
+
+def largest(value: int) -> int:
+    """The largest value that any process has, the same in all of them: a stop signal, a missing cache."""
+    if world() == 1:
+        return value
+    values = torch.tensor(value)
+    dist.all_reduce(values, dist.ReduceOp.MAX, group=_control)
+    return int(values)
+
+
+def mean(value: Tensor) -> Tensor:
+    """The mean over the processes of a tensor on the training device; no wait for the device."""
+    if world() > 1:
+        value = value / world()
+        dist.all_reduce(value)
+    return value
+
+
+def of_first(result: dict[str, list[float]] | None, keys: tuple[str, ...], width: int = 3) -> dict[str, list[float]]:
+    """Rank 0's {key: [width numbers]} in every process; the others give None."""
+    if world() == 1:
+        return result
+    values = torch.tensor([result[key] for key in keys] if first() else [[0.0] * width] * len(keys), dtype=torch.float64)
+    dist.broadcast(values, 0, group=_control)
+    return dict(zip(keys, values.tolist(), strict=True))
+
+
+class _Function(nn.Module):
+    """A function of tensors together with the modules it uses: what DistributedDataParallel can wrap."""
+
+    def __init__(self, function, parts: dict[str, nn.Module]):
+        super().__init__()
+        self.function, self.parts = function, nn.ModuleDict(parts)
+
+    def forward(self, *args):
+        return self.function(*args)
+
+
+def wrap(function, **parts: nn.Module):
+    """`function`, whose trainable weights are in `parts`, with gradients averaged over the processes."""
+    if world() == 1:
+        return function
+    # every process loads the same weights, so there is nothing to send at the start
+    return nn.parallel.DistributedDataParallel(_Function(function, parts), forward_sync_buffers=False, init_sync=False)
+
+
+def sync_at(model, last: bool):
+    """Context of one forward and backward pass: of accumulated passes only the last averages the gradients."""
+    return contextlib.nullcontext() if last or world() == 1 else model.no_sync()
