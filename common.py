@@ -583,7 +583,7 @@ def log_header(log: runs.Logger, cfg, device, weights: dict, unet: nn.Module, tr
              f"{'x'.join(map(str, train.latent_shape))}; {device.type}, {cfg.precision} autocast, frozen UNet in "
              f"{cfg.frozen_dtype}")
     log.text(f"{cfg.name}: effective batch {cfg.batch_size * cfg.accumulation * parallel.world()} ({cfg.batch_size} x "
-             f"{cfg.accumulation} x {parallel.world()} processes), "
+             f"{cfg.accumulation}{f' x {parallel.world()} processes' if parallel.world() > 1 else ''}), "
              f"EMA {getattr(cfg, 'ema_decay', 0) or 'off'}, seed {cfg.seed}, memory so far "
              f"{peak_memory_mb(device)['rss']:.0f} MB")
     log.text(f"{cfg.name}: {'resuming at' if progress.step else 'starting at'} step {progress.step} of {cfg.steps}")

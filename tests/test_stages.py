@@ -174,12 +174,12 @@ def test_options_work_together(config, run, tmp_path):
 
 
 def test_a_gate_that_walks_away_ends_in_a_verdict_with_the_sweep_on_disk(config, run, tmp_path):
-    """Stage 2's audio V turned round: now the sound raises the loss, and the gate goes below zero."""
+    """Stage 2's audio V blown up tenfold, untrained as they are: such a sound raises the loss, and the gate stays at zero."""
     spoiled = tmp_path / "spoiled"
     header, tensors = runs.read_checkpoint(run / "stage2/final.safetensors")
     for key in tensors:
         if ".to_v." in key and "audio_attn" in key:
-            tensors[key] = tensors[key] * -3
+            tensors[key] = tensors[key] * 10
     spoiled.mkdir()
 
     class State:
@@ -191,11 +191,11 @@ def test_a_gate_that_walks_away_ends_in_a_verdict_with_the_sweep_on_disk(config,
 
     runs.save_checkpoint(spoiled / "final.safetensors", {name: State(name) for name in header["objects"]},
                          {k: v for k, v in header.items() if k not in ("objects", "sha256")})
-    command = ("train_stage3.py", "--config", config, "--run", tmp_path, "--init-from", spoiled, "--steps", 200,
-               "--away-steps", 10, "--batch-size", 16)
+    command = ("train_stage3.py", "--config", config, "--run", tmp_path, "--init-from", spoiled, "--steps", 60,
+               "--away-low", 0.2, "--away-steps", 10, "--batch-size", 8)
     done = script(*command)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "the sound raises the loss: tanh(gate) -" in done.stderr.strip().splitlines()[-1]
+    assert "the sound raises the loss: tanh(gate) " in done.stderr.strip().splitlines()[-1]
     assert (tmp_path / "stage3/sweep.png").exists() and not (tmp_path / "stage3/result.json").exists()
     assert script(*command).returncode == 1  # and says so again, without training on
 
