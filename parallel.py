@@ -24,7 +24,11 @@ def begin(device: torch.device) -> None:
     """Join the processes that torchrun has started, if it has."""
     global _control
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        # torchrun's store outlives a restart: under keys of their own the new processes do not wait for dead ones' addresses
+        store, me, everyone = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=me, world_size=everyone,
+                                timeout=TIMEOUT)
         _control = dist.new_group(backend="gloo", timeout=TIMEOUT)
 
 

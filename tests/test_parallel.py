@@ -27,7 +27,8 @@ def torchrun(name: str, *args, restarts: int = 0) -> subprocess.Popen:
 
 
 def ended(process: subprocess.Popen) -> subprocess.CompletedProcess:
-    return subprocess.CompletedProcess(process.args, process.wait(), *process.communicate(timeout=600))
+    out, err = process.communicate(timeout=600)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def logged(folder: Path, key: str = "loss") -> list[float]:
