@@ -411,13 +411,11 @@ def test_silence_acts_nowhere(adapter):
 
 @pytest.mark.slow
 def test_the_map_stands_where_the_drawn_object_stands(tmp_path):
-    """48 held-out sounds with a trained adapter: CLAP2DIFFUSION_RUN, or stage 1 trained here (some minutes)."""
+    """48 held-out sounds with the adapter of the default run, or of the run in CLAP2DIFFUSION_RUN."""
     from scipy.stats import rankdata, spearmanr
-    world, run = ROOT / "data/world", os.environ.get("CLAP2DIFFUSION_RUN")
-    if not run:
-        world, run = tmp_path / "world", tmp_path / "run"
-        ok(script("prepare_data.py", "world", "--out", world))
-        ok(script("train_stage1.py", "--run", run, "--data-root", world, "--cache-dir", tmp_path / "cache", "--steps", 800))
+    world, run = ROOT / "data/world", ROOT / os.environ.get("CLAP2DIFFUSION_RUN", "runs/tiny")
+    if not (run / "adapter.safetensors").exists():
+        pytest.skip(f"{run} holds no adapter.safetensors: run bash run_all_stages.sh first")
     rows = [json.loads(line) for line in (world / "metadata.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row["split"] == "test" and "+" not in row["label"]][:48]
     ok(script("generate.py", "--run", run, "--steps", 12, "--each", "--attention-map", "--out", tmp_path / "o.png",
