@@ -23,6 +23,7 @@ from pathlib import Path
 
 SECTIONS = ("common", "stage1", "stage2", "stage3")
 GUIDANCE = 3.0  # classifier-free guidance of pictures where none is asked for
+SCHEDULERS = {"base": None, "dpm": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}  # diffusers' names
 EXIT_FAILED, EXIT_USER = 1, 2
 DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 

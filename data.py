@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import stat
 import struct
+import sys
 import unicodedata
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import soundfile as sf
@@ -31,17 +34,29 @@ class BadFile(Exception):
     """A sound or picture that cannot be used; the message is the reason."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # a manifest may have hundreds of thousands: names instead of paths, no dictionary
 class Row:
-    """One example. Paths are absolute, links resolved, inside the data folder; `where` is its place in the manifest."""
-    image_path: Path
-    audio_path: Path
+    """One example. Names are inside the data folder, links resolved; `where` is its place in the manifest."""
+    root: Path
+    image: str
+    audio: str
     text: str
     label: str | None
     split: str
-    id: str
     where: str = ""
     properties: dict | None = None  # what was drawn, where the data were made (the sound world)
+
+    @property
+    def id(self) -> str:
+        return f"{self.audio}+{self.image}"
+
+    @property
+    def image_path(self) -> Path:
+        return self.root / self.image
+
+    @property
+    def audio_path(self) -> Path:
+        return self.root / self.audio
 
 
 @dataclass(frozen=True)
@@ -60,12 +75,14 @@ def _entries(root: Path) -> Iterator[tuple[str, str | None, object]]:
     path = root / "metadata.jsonl"
     if path.is_file():
         # Split at b"\n" only: str.splitlines would also cut at U+2028, which JSON allows inside a string.
-        for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-            if line.strip():
-                try:
-                    yield f"{path.name} line {number}", None, json.loads(line.decode("utf-8"))
-                except (ValueError, RecursionError) as error:
-                    yield f"{path.name} line {number}", None, ValueError(f"not one JSON object ({error})")
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+                if line.strip():
+                    try:
+                        yield f"{path.name} line {number}", None, json.loads(line.decode("utf-8"))
+                    except (ValueError, RecursionError) as error:
+                        yield f"{path.name} line {number}", None, ValueError(f"not one JSON object ({error})")
         return
     lists = [path for path in (root / f"{split}_metadata.json" for split in SPLITS) if path.is_file()]
     if not lists:
@@ -84,23 +101,40 @@ def _entries(root: Path) -> Iterator[tuple[str, str | None, object]]:
             yield f"{path.name} item {number}", path.name.split("_")[0], item
 
 
-def _inside(root: Path, key: str, name: str) -> Path:
-    """The file of a manifest name, tried also in both Unicode normal forms; ValueError if it leaves the folder."""
+def _mode(path: str) -> int | None:
+    """What is at a path, links not followed; None if nothing is."""
+    try:
+        return os.lstat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _inside(root: str, key: str, name: str, folders: dict[str, str]) -> str:
+    """The name, in the data folder and with links resolved, of the file that a manifest names, tried also in both Unicode
+    normal forms; ValueError if it leaves the folder. `folders` remembers resolved folders: asking for each is slow.
+    """
     if not name or "\0" in name:
         raise ValueError(f"{key}: the name {name!r} is empty or holds a zero character")
-    if name.startswith("/") or ".." in PurePosixPath(name).parts:
+    if name.startswith("/") or ".." in name.split("/"):
         raise ValueError(f"{key}: {name!r} is absolute or holds '..'; expected a path inside the data folder")
+    name = os.path.normpath(name)
+    forms = [name] if name.isascii() else [name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))]
+    paths = [os.path.join(root, form) for form in forms]
     try:
-        forms = [root / unicodedata.normalize(form, name) for form in ("NFC", "NFD")]
-        path = next((path for path in [root / name, *forms] if path.exists()), root / name).resolve()
+        path, mode = next(((path, mode) for path in paths if (mode := _mode(path)) is not None), (paths[0], 0))
+        folder, file = os.path.split(path)
+        if folder not in folders:
+            folders[folder] = os.path.realpath(folder)
+        path = str(Path(path).resolve()) if stat.S_ISLNK(mode) else os.path.join(folders[folder], file)
     except (OSError, RuntimeError) as error:  # a name too long, a circle of links
         raise ValueError(f"{key}: {name!r} cannot be looked up ({error})") from None
-    if not path.is_relative_to(root):
+    inside = os.path.join(root, "")
+    if not path.startswith(inside):
         raise ValueError(f"{key}: {name!r} is a link that leaves the data folder")
-    return path
+    return path.removeprefix(inside)
 
 
-def _row(root: Path, where: str, split: str | None, item: object) -> Row:
+def _row(root: Path, where: str, split: str | None, item: object, folders: dict[str, str]) -> Row:
     if isinstance(item, Exception):
         raise item
     if not isinstance(item, dict):
@@ -113,16 +147,15 @@ def _row(root: Path, where: str, split: str | None, item: object) -> Row:
             raise ValueError(f"the key {key} is missing")
         if not isinstance(value, str):
             raise ValueError(f"{key}: got {json.dumps(value)[:80]}, expected text")
-    split = split or item.get("split")
-    image = _inside(root, "image_file_name", item["image_file_name"])
-    audio = _inside(root, "audio_file_name", item["audio_file_name"])
-    image_name, audio_name = image.relative_to(root).as_posix(), audio.relative_to(root).as_posix()
+    split, label = split or item.get("split"), item.get("label")
+    image = _inside(str(root), "image_file_name", item["image_file_name"], folders)
+    audio = _inside(str(root), "audio_file_name", item["audio_file_name"], folders)
     if split is None:
-        share = int(hashlib.sha256(unicodedata.normalize("NFC", audio_name).encode()).hexdigest(), 16) % 100
+        share = int(hashlib.sha256(unicodedata.normalize("NFC", audio).encode()).hexdigest(), 16) % 100
         split = "train" if share < 90 else "val" if share < 95 else "test"
     if split not in SPLITS:
         raise ValueError(f"split: got {split!r}, expected train, val or test")
-    return Row(image, audio, item["text"], item.get("label"), split, f"{audio_name}+{image_name}", where,
+    return Row(root, image, audio, item["text"], label and sys.intern(label), sys.intern(split), where,
                item.get("properties") if isinstance(item.get("properties"), dict) else None)
 
 
@@ -139,14 +172,14 @@ def read_manifest(data_root: str | Path, log: Log | None = None) -> tuple[list[R
     if not root.is_dir():
         raise UserError(f"{root}: no such data folder; make it with prepare_data.py or correct --data-root")
     root = root.resolve()
-    rows, bad, seen, split_of, unsplit = [], [], {}, {}, 0
+    rows, bad, seen, split_of, folders, unsplit = [], [], {}, {}, {}, 0
     for where, split, item in _entries(root):
         try:
-            row = _row(root, where, split, item)
-            same = (row.image_path, row.audio_path, row.text)
+            row = _row(root, where, split, item, folders)
+            same = (row.image, row.audio, row.text)
             if same in seen:
                 raise ValueError(f"the same row as {seen[same]}")
-            first = split_of.setdefault(row.audio_path, row)
+            first = split_of.setdefault(row.audio, row)
             if first.split != row.split:
                 raise ValueError(f"the sound is in split {row.split} here and in {first.split} at {first.where}")
             seen[same] = where

@@ -16,7 +16,18 @@ import json
 from itertools import combinations
 from pathlib import Path
 
-from config import GUIDANCE, Number, RunFailed, UserError, new_parser, read_json, run_main, write_atomic, write_json
+from config import (
+    GUIDANCE,
+    SCHEDULERS,
+    Number,
+    RunFailed,
+    UserError,
+    new_parser,
+    read_json,
+    run_main,
+    write_atomic,
+    write_json,
+)
 
 SOUNDS = ("right", "silence", "other")
 LANGUAGES = {"en": "English", "ko": "Korean"}
@@ -42,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     # the pictures
     add("--guidance", type=Number(float, 1, 100), default=GUIDANCE, help="classifier-free guidance (1 = none)")
     add("--steps", type=Number(int, 1, 1000), default=25, help="sampling steps")
+    add("--scheduler", choices=[*SCHEDULERS], default="base", help="base = the base model's own; dpm, unipc: made for few steps")
     add("--seed", type=Number(int, 0, 2 ** 31 - 1), default=0, help="clip i starts from the noise of seed + i")
     add("--gate", type=Number(float, 0, 1), default=None, help="tanh(gate) instead of the learned one")
     add("--noise", action="store_true", help="control: noise for the audio tokens, all must fall to chance; writes evaluation-noise.*")
@@ -186,6 +198,8 @@ class Subject:
         self.facts = generate.adapter_facts(self.adapter_path)
         self.folder = run_folder(self.adapter_path, run)
         key = {name: getattr(args, name) for name in ("steps", "precision", "base_model", "noise")}
+        if args.scheduler != "base":
+            key["scheduler"] = args.scheduler
         key["adapter"] = hashlib.sha256(self.adapter_path.read_bytes()).hexdigest()
         self.pictures_dir = self.folder / "evaluation" / hashlib.sha256(
             json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
@@ -205,7 +219,7 @@ class Subject:
         self.encoder = generate.load_clap(args.clap_model, self.facts, self.adapter_path)
         self.audio_embeds = torch.cat([generate.embed(self.encoder, str(row.audio_path)) for row in tqdm(
             clips.rows, desc=f"{self.run}: sounds", unit="clip", leave=False)])  # (n, E)
-        self.pipe = stock.load_stock_pipeline(base, self.adapter_path, device, common.DTYPES[args.precision])
+        self.pipe = stock.load_stock_pipeline(base, self.adapter_path, device, common.DTYPES[args.precision], args.scheduler)
         if args.noise:
             self.pipe.unet.encoder_hid_proj.image_projection_layers[0].register_forward_hook(noise_tokens(args.seed))
         self.pipe_scale = 1.0 if args.gate is None else self.scale_of(args.gate)
@@ -634,7 +648,7 @@ def main(argv: list[str] | None = None) -> None:
         "format": 1, "run": args.run, "adapter": str(subject.adapter_path), "data_root": str(data_root), "split": args.split,
         "n": len(clips.rows), "n_single": len(clips.single), "n_pairs": len(clips.pairs), "quick": args.quick,
         "trained": {key: facts[key] for key in ("stage", "step", "base_model", "clap_model", "tanh_gate")},
-        "settings": {key: getattr(args, key) for key in ("guidance", "steps", "seed", "gate", "noise", "precision", "clips")},
+        "settings": {key: getattr(args, key) for key in ("guidance", "steps", "scheduler", "seed", "gate", "noise", "precision", "clips")},
         "judge": {"name": args.judge, "accuracy": accuracy, "n": len(clips.single)},
         **found, "warnings": warnings_of(found), "training": training_curves(subject.adapter_path),
         "git_commit": report.git_commit()}

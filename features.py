@@ -31,7 +31,7 @@ import parallel
 from config import RunFailed, UserError, write_atomic
 from data import BadFile, BadRow, Log, Row, decode_audio, load_image, open_audio, open_image, read_manifest
 
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 SHARD_ROWS = 512
 
 
@@ -95,10 +95,15 @@ def _read_shard(path: Path, key: str) -> dict | None:
     return record if record.get("key") == f"{key}/{path.stem}" and sizes <= {record.get("count")} else None
 
 
+@functools.lru_cache(maxsize=1)  # of 200,000 rows it takes a second and 100 MB
+def _load_index(path: Path, written_ns: int) -> dict:
+    return json.loads(path.read_bytes())
+
+
 def _read_index(folder: Path, key: str) -> dict | None:
     """The index of a finished cache whose files all have the size they were written with, else None."""
     try:
-        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        index = _load_index(folder / "index.json", (folder / "index.json").stat().st_mtime_ns)
         whole = index["key"] == key and all((folder / n).stat().st_size == s for n, s in index["files"].items())
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -122,9 +127,12 @@ def _cache_key(root: Path, rows: list[Row], bad: list[BadRow], fingerprints: dic
     digest = hashlib.sha256(json.dumps([CACHE_FORMAT, SHARD_ROWS, fingerprints, settings], sort_keys=True).encode())
     for row in rows:
         stats = []
-        for path in (row.image_path, row.audio_path):
-            stat = path.stat() if path.exists() else None
-            stats.append([path.relative_to(root).as_posix(), stat and stat.st_size, stat and stat.st_mtime_ns])
+        for name in (row.image, row.audio):
+            try:
+                stat = os.stat(os.path.join(root, name))
+            except OSError:
+                stat = None
+            stats.append([name, stat and stat.st_size, stat and stat.st_mtime_ns])
         digest.update(json.dumps([stats, row.text, row.label, row.split]).encode())
     digest.update(json.dumps([str(row) for row in bad]).encode())
     return digest.hexdigest()
@@ -241,7 +249,7 @@ def build_features(data_root: str | Path, base_model: Path, clap_model: Path, im
                     header_bad |= _decode_check(rows, header_bad, workers)
                 _judge([*map(str, bad), *(f"{rows[i].where}: {reason}" for i, reason in sorted(header_bad.items()))],
                        total, max_bad_share, folder, log)
-                build = _Build(Path(data_root).resolve(), folder, key, rows, header_bad, log)
+                build = _Build(folder, key, rows, header_bad, log)
                 build.fill(Path(base_model), Path(clap_model), settings, batch_size, workers, device)
                 parallel.wait()
                 index = build.index() | {"fingerprints": fingerprints, "settings": settings, "total": total}
@@ -281,8 +289,8 @@ def _locked(folder: Path, log: Log):
 class _Build:
     """The shards of one cache folder, of which those already there and whole are kept."""
 
-    def __init__(self, root: Path, folder: Path, key: str, rows: list[Row], header_bad: dict[int, str], log: Log):
-        self.root, self.folder, self.key, self.log = root, folder, key, log
+    def __init__(self, folder: Path, key: str, rows: list[Row], header_bad: dict[int, str], log: Log):
+        self.folder, self.key, self.log = folder, key, log
         self.rows, self.header_bad = rows, header_bad
         self.captions = sorted({"", *(row.text for row in rows)})  # the empty one comes first
         self.texts, self.spans = ({f"{kind}-{n:05d}": range(i, min(i + SHARD_ROWS, total))
@@ -310,11 +318,8 @@ class _Build:
         for number, record in enumerate(records):
             for offset, (i, flags) in enumerate(record["rows"]):
                 row = self.rows[i]
-                audio, image = (path.relative_to(self.root).as_posix() for path in (row.audio_path, row.image_path))
-                entries.append({"id": row.id, "audio": audio, "image": image, "text": row.text,
-                                "label": row.label, "split": row.split,
-                                "text_id": text_ids[row.text], "shard": number, "offset": offset,
-                                "flags": flags})
+                entries.append({"id": row.id, "label": row.label, "split": row.split, "text_id": text_ids[row.text],
+                                "shard": number, "offset": offset, "flags": flags})
         return {"format": CACHE_FORMAT, "key": self.key, "rows": entries,
                 "files": {path.name: path.stat().st_size for path in sorted(self.folder.glob("*.safetensors"))},
                 "bad": [f"{self.rows[i].where}: {bad[i]}" for i in sorted(bad)]}
@@ -381,7 +386,7 @@ class AudioImageDataset(Dataset):
     def __init__(self, data_root: str | Path, split: str, cache: str | Path):
         self.data_root, self.cache, self.split = Path(data_root), Path(cache), split
         try:
-            index = json.loads((self.cache / "index.json").read_text(encoding="utf-8"))
+            index = _load_index(self.cache / "index.json", (self.cache / "index.json").stat().st_mtime_ns)
         except (OSError, ValueError) as error:
             raise UserError(f"{self.cache}: not a finished feature cache ({error}); build it again") from None
         if index["format"] != CACHE_FORMAT:

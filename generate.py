@@ -22,7 +22,7 @@ import math
 import os
 from pathlib import Path
 
-from config import GUIDANCE, Number, UserError, new_parser, read_json, run_main, write_atomic
+from config import GUIDANCE, SCHEDULERS, Number, UserError, new_parser, read_json, run_main, write_atomic
 
 STAGES = ("stage3", "stage2", "stage1")
 BATCH = 16  # pictures at once
@@ -65,6 +65,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--init-image", metavar="FILE", help="picture to begin with, cropped as in training (default: noise alone)")
     add("--strength", type=Number(float, 0, 1), help="how much of --init-image is drawn anew, 0 to 1 (default: 0.6)")
     add("--steps", type=Number(int, 1, 1000), default=25, help="sampling steps (default: 25)")
+    add("--scheduler", choices=[*SCHEDULERS], default="base",
+        help="base = the base model's own; dpm, unipc: made for few steps, such as --steps 8 (default: base)")
     add("--seed", type=Number(int, 0, 2 ** 31 - 1), default=0,
         help="seed of the starting noise (default: 0); with --each file i takes seed + i - 1")
     add("--size", type=Number(int, 8, 4096, multiple_of=8), help="side in pixels (default: the size of training)")
@@ -430,7 +432,7 @@ def main(argv: list[str] | None = None) -> None:
     audio_embeds, notes = sounds(args, encoder)  # (B, E)
     negative_embeds = embed(encoder, args.negative_audio) if args.negative_audio else None
     pair = None if args.guidance_text is None else (args.guidance_text, args.guidance_audio)
-    pipe = stock.load_stock_pipeline(base, adapter_path, device, common.DTYPES[args.precision])
+    pipe = stock.load_stock_pipeline(base, adapter_path, device, common.DTYPES[args.precision], args.scheduler)
     images, maps = draw(args, pipe, audio_embeds, [note["seed"] for note in notes], audio_scale=scale, size=size,
                         negative_embeds=negative_embeds, guidance_pair=pair, init_image=init_image,
                         strength=args.strength)

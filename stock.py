@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import parallel
 import runs
 from common import AudioAttentionAdapter, AudioProjectionMLP, peak_memory_mb, quiet_libraries
-from config import GUIDANCE, RunFailed, write_atomic, write_json
+from config import GUIDANCE, SCHEDULERS, RunFailed, write_atomic, write_json
 
 
 def stock_layout(audio_proj: AudioProjectionMLP, audio_attn: AudioAttentionAdapter, unet: nn.Module) -> dict[str, Tensor]:
@@ -51,15 +51,23 @@ def write_adapter(path: Path, weights: dict, unet: nn.Module, header: dict) -> N
                                               {"clap2diffusion": json.dumps(facts)}))
 
 
-def load_stock_pipeline(base_dir: Path, adapter_path: Path, device: str = "cpu", dtype=torch.float32, **parts):
-    """diffusers' StableDiffusionPipeline with load_ip_adapter on the exported file; `parts` replace components."""
+def load_stock_pipeline(base_dir: Path, adapter_path: Path, device: str = "cpu", dtype=torch.float32, scheduler: str = "base",
+                        **parts):
+    """diffusers' StableDiffusionPipeline with load_ip_adapter on the exported file; `parts` replace components.
+
+    scheduler: the base model's own, or one of SCHEDULERS made for few steps (DPM-Solver++, Lu et al. 2022; UniPC, Zhao et
+    al. 2023) on the base model's noise schedule.
+    """
     quiet_libraries()
+    import diffusers
     from diffusers import StableDiffusionPipeline
     parts = {"safety_checker": None, "requires_safety_checker": False, "feature_extractor": None, **parts}
     pipe = StableDiffusionPipeline.from_pretrained(base_dir, dtype=dtype, **parts)
     pipe.load_ip_adapter(str(adapter_path.parent), subfolder="", weight_name=adapter_path.name,
                          image_encoder_folder=None)
     pipe.set_progress_bar_config(disable=True)
+    if SCHEDULERS[scheduler]:
+        pipe.scheduler = getattr(diffusers, SCHEDULERS[scheduler]).from_config(pipe.scheduler.config, timestep_spacing="trailing")
     return pipe.to(device)
 
 

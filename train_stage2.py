@@ -193,11 +193,11 @@ def main(argv: list[str] | None = None) -> None:
                 progress.ended = f"no improvement in {cfg.patience} validations"
             if step >= cfg.steps:
                 progress.ended = progress.ended or "all steps"
-            stop.signum = parallel.largest(stop.signum)
-            if stop.signum or progress.ended or step % cfg.save_every == 0:
+            signum = parallel.largest(stop.signum)  # never stored back: a signal may come while the processes agree
+            if signum or progress.ended or step % cfg.save_every == 0:
                 folder.save(step, objects, header, cfg.keep)
-            if stop.signum:
-                folder.stopped(stop.signum, step)
+            if signum:
+                folder.stopped(signum, step)
             if progress.ended:
                 break
             if cfg.sample_every and step and step % cfg.sample_every == 0:

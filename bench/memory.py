@@ -1,27 +1,23 @@
-"""What each memory setting saves and costs: stage 2 with it, alone, and all together, against plain BF16.
+"""What each memory setting saves and costs: stage 2 with it, alone, and all together, against plain.
 
     python bench/memory.py                        # the default model; writes bench/results/memory-tiny-DEVICE.{json,md}
-    python bench/memory.py --sd15 --image-size 128 --steps 4 --repeats 1
+    python bench/memory.py --sd15 --image-size 128 --batch-size 2 --steps 4 --repeats 1
 
 Each setting is the real train_stage2.py in a process of its own, in turns, with the same seed, steps and data. Memory is the
 peak when the last step is done (on CUDA what was reserved, on a CPU the process's resident set, Python and torch included),
-before the export. The validation loss is that of the last weights.
+before the export. The validation loss is that of the last weights; its difference from plain's is paired by clip, with
+a 95 % interval. `batch x 2` shows what the saved memory buys.
 """
 
 from __future__ import annotations
 
-import json
-import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+from config import Number, UserError, new_parser, run_main
+from tools import call, model_flags, models, spread, watched, write_results
 
-from config import Number, RunFailed, new_parser, run_main, write_atomic, write_json  # noqa: E402
-
+SMALL = ["--frozen-dtype", "nf4", "--adam-8bit", "--checkpointing", "all", "--channels-last"]
 SETTINGS = {
     "plain": [],
     "frozen bf16": ["--frozen-dtype", "bf16"],
@@ -34,70 +30,66 @@ SETTINGS = {
     "EMA": ["--ema-decay", "0.99"],
     "EMA on the CPU": ["--ema-decay", "0.99", "--ema-on-cpu"],
     "compile": ["--compile"],
-    "all but compile": ["--frozen-dtype", "nf4", "--adam-8bit", "--checkpointing", "all", "--channels-last"]}
+    "bf16, channels_last, compile": ["--frozen-dtype", "bf16", "--channels-last", "--compile"],
+    "bf16, checkpointing down": ["--frozen-dtype", "bf16", "--checkpointing", "down"],
+    "bf16, checkpointing all": ["--frozen-dtype", "bf16", "--checkpointing", "all"],
+    "bf16, checkpointing all, batch x 2": ["--frozen-dtype", "bf16", "--checkpointing", "all"],
+    "nf4, 8-bit, checkpointing all": SMALL,
+    "nf4, 8-bit, checkpointing all, batch x 2": SMALL}
 
 
 def build_parser():
     parser = new_parser(__doc__)
     add = parser.add_argument
-    add("--sd15", action="store_true", help="SD 1.5's architecture with random weights instead of the default's models")
-    add("--only", nargs="+", choices=[*SETTINGS], default=[name for name in SETTINGS if name != "compile"], help="settings")
-    add("--steps", type=Number(int, 2), default=60, help="optimizer steps")
+    model_flags(parser)
+    add("--only", nargs="+", choices=[*SETTINGS], default=[name for name in SETTINGS if "compile" not in name],
+        help="settings (default: all but those with compile, whose first step takes minutes)")
+    add("--steps", type=Number(int, 3), default=60, help="optimizer steps")
     add("--repeats", type=Number(int, 1), default=1, help="runs of each setting, in turns")
-    add("--batch-size", type=Number(int, 2, multiple_of=2), default=16, help="samples in a step; accumulation halves it")
+    add("--batch-size", type=Number(int, 1), default=16, help="samples in a step; accumulation halves it")
     add("--image-size", type=Number(int, 64, 1024, multiple_of=64), default=64, help="side of the pictures")
+    add("--precision", choices=("bf16", "fp32"), default="bf16", help="autocast; settings that need bf16 run in it always")
     return parser
-
-
-def call(*command) -> None:
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=HERE.parent, capture_output=True, text=True)
-    if done.returncode:
-        raise RunFailed(f"{' '.join(map(str, command))}: {done.stderr.strip().splitlines()[-1]}")
 
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    import torch
+    if "accumulation 2" in args.only and args.batch_size % 2:
+        if args.batch_size > 1:
+            raise UserError(f"--batch-size {args.batch_size}: accumulation 2 halves it; give an even number")
+        args.only.remove("accumulation 2")
+    if "plain" not in args.only:
+        raise UserError("--only: plain is missing, and everything is compared with it; add it")
     from tqdm import tqdm
+
+    import metrics
     found: dict[str, list[dict]] = {name: [] for name in args.only}
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
-        base, clap = "assets/tiny/base", "assets/tiny/clap"
-        if args.sd15:
-            from models import make_sd15
-            make_sd15(place)
-            base, clap = place / "base", place / "clap"
-        call("prepare_data.py", "world", "--out", place / "world", "--train", 400, "--val", 20, "--test", 2)
-        flags = ["--config", "", "--data-root", place / "world", "--cache-dir", place / "cache", "--base-model", base, "--clap-model", clap,
-                 "--image-size", args.image_size, "--precision", "bf16", "--validate-every", 0, "--val-draws", 1, "--samples", 0,
+        call("prepare_data.py", "world", "--out", place / "world", "--train", 400, "--val", 50 if not args.sd15 else 4, "--test", 2)
+        flags = ["--config", "", "--data-root", place / "world", "--cache-dir", place / "cache", *models(args, place),
+                 "--image-size", args.image_size, "--validate-every", 0, "--val-draws", 1, "--samples", 0, "--val-batch-size", 4,
                  "--save-every", 100000, "--log-every", 1]
-        call("train_stage1.py", *flags, "--run", place, "--steps", 1, "--batch-size", 2)
+        call("train_stage1.py", *flags, "--run", place, "--steps", 1, "--batch-size", 1, "--precision", args.precision)
         for turn in range(args.repeats):
             for name in tqdm(args.only, desc=f"turn {turn + 1} of {args.repeats}", unit="setting"):
-                run = place / f"{name.replace(' ', '-')}-{turn}"
-                batch = args.batch_size // 2 if name.startswith("accumulation") else args.batch_size
-                call("train_stage2.py", *flags, "--init-from", place / "stage1", "--run", run, "--steps", args.steps, "--batch-size", batch,
-                     "--learning-rate", 3e-4, *SETTINGS[name])
-                lines = [json.loads(line) for line in (run / "stage2/log.jsonl").read_text().splitlines()]
-                steps = [line for line in lines if "loss" in line]
-                seconds = [b["s_per_step"] * b["step"] - a["s_per_step"] * a["step"] for a, b in zip(steps, steps[1:])]
-                found[name].append({"memory_mb": steps[-1]["memory_mb"], "s_per_step": statistics.median(seconds),
-                                    "val_right": [line for line in lines if "val_right" in line][-1]["val_right"]})
-    rows = [{"setting": name, **{key: statistics.median(run[key] for run in runs) for key in ("memory_mb", "s_per_step")},
-             "val_right": runs[0]["val_right"]} for name, runs in found.items()]
-    plain = rows[0]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    command = ("python bench/memory.py " + " ".join(sys.argv[1:] if argv is None else argv)).strip()
-    lines = [f"`{command}`: {device}, torch {torch.__version__}, stage 2, batch {args.batch_size}, {args.image_size} px, BF16, {args.steps} steps, "
-             f"{args.repeats} runs of each, in turns; the share is of `{plain['setting']}`.", "",
-             "| setting | peak memory, MB | share | s a step | share | validation loss, right sound |", "|---|---|---|---|---|---|"]
-    lines += [f"| {row['setting']} | {row['memory_mb']:.0f} | {row['memory_mb'] / plain['memory_mb']:.2f} | {row['s_per_step']:.3f} | "
-              f"{row['s_per_step'] / plain['s_per_step']:.2f} | {row['val_right'][0]:.5f} [{row['val_right'][1]:.5f}, {row['val_right'][2]:.5f}] |"
-              for row in rows]
-    name = f"memory-{'sd15' if args.sd15 else 'tiny'}-{device.split(',')[0].replace(' ', '-')}"
-    write_json(HERE / "results" / f"{name}.json", {"command": command, "device": device, "torch": torch.__version__, "rows": rows})
-    write_atomic(HERE / "results" / f"{name}.md", ("\n".join(lines) + "\n").encode())
-    print("\n".join(lines))
+                batch = args.batch_size * 2 if "batch x 2" in name else args.batch_size // 2 if "accumulation" in name else args.batch_size
+                precision = "bf16" if "--frozen-dtype" in SETTINGS[name] else args.precision
+                found[name].append(watched(
+                    place / "seen.json", "train_stage2.py", *flags, "--init-from", place / "stage1", "--run", place / f"run-{name}-{turn}",
+                    "--precision", precision, "--steps", args.steps, "--batch-size", batch, "--learning-rate", 3e-4, *SETTINGS[name]))
+    rows = []
+    for name, seen in found.items():
+        pairs = list(zip(seen, found["plain"], strict=True))
+        change = metrics.interval([a - b for a, b in zip(seen[0]["losses"][-2], found["plain"][0]["losses"][-2], strict=True)])
+        rows.append({"setting": name, "peak memory, MB": round(max(run["memory_mb"][-1] for run in seen)),
+                     "of plain": round(max(a["memory_mb"][-1] / b["memory_mb"][-1] for a, b in pairs), 2),
+                     "s a step": spread([run["step_s"] for run in seen]),
+                     "of plain's": spread([a["step_s"] / b["step_s"] for a, b in pairs]),
+                     "loss - plain's": "" if name == "plain" else [round(value, 6) for value in change]})
+    about = (f"stage 2, batch {args.batch_size}, {args.image_size} px, {args.precision}, {args.steps} steps, runs of each: {args.repeats}, in "
+             "turns; median [lowest, highest]")
+    write_results(f"memory-{'sd15' if args.sd15 else 'tiny'}", "memory.py", argv, about, rows)
 
 
 if __name__ == "__main__":

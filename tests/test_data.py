@@ -99,7 +99,7 @@ def test_cached_features_equal_the_models_own(tmp_path, models):
     root = folder(tmp_path / "data")
     sound(root / "audio/1.wav", 5, seconds=3.0, rate=22050)
     cache = build(root, models, tmp_path / "cache", flip=True, windows=2)
-    dataset = features.AudioImageDataset(root, "train", cache)
+    dataset, rows = features.AudioImageDataset(root, "train", cache), {row.id: row for row in data.read_manifest(root)[0]}
     base, clap = models
     vae = AutoencoderKL.from_pretrained(base, subfolder="vae")
     tokenizer = CLIPTokenizer.from_pretrained(base, subfolder="tokenizer")
@@ -107,17 +107,17 @@ def test_cached_features_equal_the_models_own(tmp_path, models):
     extractor, tower = ClapFeatureExtractor.from_pretrained(clap), ClapAudioModelWithProjection.from_pretrained(clap)
     with torch.inference_mode():
         for i in (0, 1, 5):
-            item, row = dataset[i], dataset.rows[i]
-            image = torch.from_numpy(data.load_image(root / row["image"], SIZE))
+            item, row = dataset[i], rows[dataset.rows[i]["id"]]
+            image = torch.from_numpy(data.load_image(row.image_path, SIZE))
             for side, x in enumerate((image, image.flip(-1))):
                 posterior = vae.encode(x[None]).latent_dist
                 torch.testing.assert_close(item["latents_mean"][side], (posterior.mean[0] - 0.1) * 0.5)
                 torch.testing.assert_close(item["latents_std"][side], posterior.std[0] * 0.5)
-            for k, clip in enumerate(data.load_waveform(root / row["audio"], RATE, 1.0, 2)):
+            for k, clip in enumerate(data.load_waveform(row.audio_path, RATE, 1.0, 2)):
                 mel = extractor(clip, sampling_rate=RATE, return_tensors="pt").input_features
                 embeds = torch.nn.functional.normalize(tower.eval()(input_features=mel).audio_embeds, dim=-1)
                 torch.testing.assert_close(item["audio_embeds"][k], embeds[0], atol=1e-5, rtol=1e-4)
-            for text, got in ((row["text"], item["text_embeds"]), ("", dataset.empty_text_embeds)):
+            for text, got in ((row.text, item["text_embeds"]), ("", dataset.empty_text_embeds)):
                 ids = tokenizer(text, padding="max_length", truncation=True, return_tensors="pt").input_ids
                 torch.testing.assert_close(got, text_encoder(ids).last_hidden_state[0], atol=1e-5, rtol=1e-4)
     assert (dataset.latent_shape, dataset.embed_dim, dataset.text_dim) == ((4, 16, 16), 10, 16)
@@ -525,7 +525,7 @@ def test_processes_build_the_cache_in_shares(tmp_path, models, monkeypatch):
     for rank in (1, 0, 2):
         monkeypatch.setattr(features.parallel, "rank", lambda rank=rank: rank)
         monkeypatch.setattr(features.parallel, "world", lambda: 3)
-        build_ = features._Build(root.resolve(), shared, key, rows, {}, print)
+        build_ = features._Build(shared, key, rows, {}, print)
         build_.fill(*models, {"image_size": SIZE, "windows": 1, "flip": False}, 16, 0, "cpu")
         written.append({path.name for path in shared.iterdir()} - set().union(*written))
     assert [len([name for name in names if name.startswith("rows")]) for names in written] == [2, 2, 1]

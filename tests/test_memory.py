@@ -166,4 +166,5 @@ def test_a_compiled_unet_follows_the_plain_one(config, tmp_path):
     for name, flag in (("plain", "--no-compile"), ("compiled", "--compile")):
         ok(script("train_stage1.py", "--config", config, "--run", tmp_path / name, "--steps", 5, "--samples", 0, "--precision", "fp32", flag))
         losses[name] = [json.loads(line)["loss"] for line in (tmp_path / name / "stage1/log.jsonl").read_text().splitlines() if '"loss"' in line]
-    assert losses["compiled"] == pytest.approx(losses["plain"], rel=1e-4)
+    assert losses["compiled"][0] == pytest.approx(losses["plain"][0], rel=1e-5)
+    assert losses["compiled"] == pytest.approx(losses["plain"], rel=1e-3)  # four Adam steps magnify rounding

@@ -60,6 +60,27 @@ def test_shares_of_the_draws_are_the_draws_of_one(monkeypatch):
         assert torch.equal(torch.cat([a, b]), whole)
 
 
+def test_a_signal_that_comes_while_the_processes_agree_is_not_lost(config, tmp_path):
+    """The signal arrives when this step's value was read already: the next step must see it."""
+    program = """
+import os, signal, sys
+import config, parallel
+agreed = []
+def largest(value):
+    agreed.append(value)
+    if len([v for v in agreed if v is not True and v is not False]) == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return value
+parallel.largest = largest
+import train_stage1
+sys.argv[0] = "train_stage1.py"
+config.run_main(train_stage1.main)
+"""
+    done = subprocess.run([sys.executable, "-c", program, "--config", str(config), "--run", str(tmp_path), "--samples", "0"], cwd=ROOT,
+                          env=ENV, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 143 and "stopped by SIGTERM: step" in done.stderr, done.stderr[-500:]
+
+
 def test_one_process_and_two_follow_the_same_losses(config, run, tmp_path):
     """Stage 2, which has all that trains: accumulation, LoRA, averages; batches of 8 and of 2 x 4."""
     flags = ["--config", config, "--precision", "fp32", "--steps", 6, "--validate-every", 3, "--samples", 0, "--workers", 0,
