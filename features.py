@@ -409,10 +409,11 @@ class AudioImageDataset(Dataset):
         if (kind, shard) not in self._shards:
             path = self.cache / f"{kind}-{shard:05d}.safetensors"
             try:
-                self._shards[kind, shard] = safe_open(path, "pt")
+                with safe_open(path, "pt") as file:  # its tensors are views of the mapped file: nothing is read yet
+                    self._shards[kind, shard] = {key: file.get_tensor(key) for key in file.keys()}
             except (OSError, SafetensorError) as error:
                 raise RunFailed(f"{path}: cannot be read ({error}); start again, it will be rebuilt") from None
-        return self._shards[kind, shard].get_slice(name)[offset:offset + 1][0]
+        return self._shards[kind, shard][name][offset]
 
     def some_audio_embeds(self, n: int) -> torch.Tensor:
         """The first window of n rows, evenly spread, or of all if there are fewer: (n, E)."""
@@ -475,11 +476,12 @@ def make_loader(dataset: Dataset, batch_size: int, seed: int, start: int, stop: 
         raise UserError(f"{where} has {len(dataset)} usable rows, fewer than a batch of {batch_size * share[1]}; "
                         "add rows or lower --batch-size")
     sampler = StepSampler(len(dataset), batch_size, seed, start, stop, share)
+    workers = workers if workers >= 0 else 2 if torch.cuda.is_available() else 0
     return _loader(dataset, sampler, workers, torch.cuda.is_available(), persistent_workers=workers > 0)
 
 
 def open_splits(cfg, base: Path, clap: Path, device) -> tuple[AudioImageDataset, AudioImageDataset]:
     """The cached train and validation features for a stage's settings, built first where they are missing."""
     cache = build_features(cfg.data_root, base, clap, cfg.image_size, cfg.cache_dir, cfg.windows, cfg.flip,
-                           workers=cfg.workers, device=str(device), max_bad_share=cfg.max_bad_share)
+                           workers=cfg.workers if cfg.workers >= 0 else 2, device=str(device), max_bad_share=cfg.max_bad_share)
     return AudioImageDataset(cfg.data_root, "train", cache), AudioImageDataset(cfg.data_root, "val", cache)

@@ -16,8 +16,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from bench_tools import ROOT, call, model_flags, models, spread, watched, write_results
+
 from config import Number, new_parser, run_main
-from tools import ROOT, call, model_flags, models, spread, watched, write_results
 
 
 def build_parser():
@@ -30,7 +31,6 @@ def build_parser():
     add("--image-size", type=Number(int, 64, 1024, multiple_of=64), default=64, help="side of the built cache's pictures")
     add("--repeats", type=Number(int, 1), default=5, help="turns")
     add("--steps", type=Number(int, 3), default=60, help="optimizer steps on each manifest")
-    add("--workers", type=Number(int, 0, 64), default=2, help="decoding processes")
     return parser
 
 
@@ -57,8 +57,7 @@ def time_build(args, place: Path, named: list[str]) -> list[dict]:
     built, alone = [], []
     for turn in range(args.repeats + 1):  # the first is a warm-up
         began = time.perf_counter()
-        features.build_features(place / "clips", base, clap, args.image_size, place / f"cache-{turn}", workers=args.workers,
-                                device=str(device))
+        features.build_features(place / "clips", base, clap, args.image_size, place / f"cache-{turn}", device=str(device))
         middle = time.perf_counter()
         with torch.inference_mode():
             for chunk in chunks(captions):
@@ -132,7 +131,7 @@ def time_rows(args, place: Path) -> list[dict]:
             seen[n].append(watched(place / "seen.json", "train_stage1.py", "--config", "", "--data-root", folder, "--cache-dir",
                                    place / "rows-cache", *named, "--image-size", 64, "--batch-size", 16, "--precision", "fp32",
                                    "--validate-every", 0, "--val-draws", 1, "--samples", 0, "--save-every", 100000, "--steps",
-                                   args.steps, "--workers", args.workers, "--run", place / f"run-{n}-{turn}"))
+                                   args.steps, "--run", place / f"run-{n}-{turn}"))
     short = seen[1000]
     return [{"rows": n, "first step done after, s": spread([run["steps"][0] for run in runs]),
              "s more than 1,000 rows": spread([a["steps"][0] - b["steps"][0] for a, b in zip(runs, short, strict=True)]),
@@ -149,10 +148,10 @@ def main(argv: list[str] | None = None) -> None:
         if "build" in args.only:
             rows = time_build(args, place, models(args, place))
             write_results(f"cache-build-{'sd15' if args.sd15 else 'tiny'}", "cache.py", argv, f"{args.image_size} px, batches of 16, "
-                          f"{args.workers} decoding processes, {args.repeats} turns after a warm-up; median [lowest, highest]", rows)
+                          f"2 decoding processes, {args.repeats} turns after a warm-up; median [lowest, highest]", rows)
         if "rows" in args.only:
             rows = time_rows(args, place)
-            write_results("cache-rows", "cache.py", argv, f"stage 1 of the small models, batch 16, {args.workers} loader processes, "
+            write_results("cache-rows", "cache.py", argv, f"stage 1 of the small models, batch 16, "
                           f"{args.steps} steps, {args.repeats} turns; median [lowest, highest]", rows)
 
 

@@ -14,8 +14,9 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from bench_tools import call, model_flags, models, spread, watched, write_results
+
 from config import Number, UserError, new_parser, run_main
-from tools import call, model_flags, models, spread, watched, write_results
 
 SMALL = ["--frozen-dtype", "nf4", "--adam-8bit", "--checkpointing", "all", "--channels-last"]
 SETTINGS = {

@@ -16,8 +16,9 @@ import json
 import tempfile
 from pathlib import Path
 
+from bench_tools import HERE, call, model_flags, models, spread, watched, write_results
+
 from config import Number, UserError, new_parser, run_main
-from tools import HERE, call, model_flags, models, spread, watched, write_results
 
 
 def build_parser():

@@ -10,28 +10,28 @@ neighbouring blocks; the first pair is a warm-up. Loader processes may fetch a f
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+from bench_tools import model_flags, models, spread, write_results
 
-from config import Number, new_parser, run_main, write_atomic, write_json  # noqa: E402
+from config import Number, new_parser, run_main
 
 
 def build_parser():
     parser = new_parser(__doc__)
     add = parser.add_argument
-    add("--sd15", action="store_true", help="SD 1.5's architecture with random weights instead of the default's models")
+    model_flags(parser)
     add("--stages", nargs="+", type=Number(int, 1, 3), default=[1, 2, 3], help="stages to time")
-    add("--pairs", type=Number(int, 5), default=9, help="pairs of blocks that count")
-    add("--block", type=Number(int, 1), default=20, help="steps in a block")
+    add("--pairs", type=Number(int, 5), default=40, help="pairs of blocks that count")
+    add("--block", type=Number(int, 1), default=5, help="steps in a block")
     add("--batch-size", type=Number(int, 1), default=16, help="samples in a step")
+    add("--image-size", type=Number(int, 64, 1024, multiple_of=64), default=64, help="side of the pictures")
+    add("--frozen-dtype", choices=("fp32", "bf16"), default="fp32", help="as the stages' flag")
     add("--precision", choices=("bf16", "fp32"), default="fp32", help="as the stages' flag")
-    add("--workers", type=Number(int, 0, 64), default=2, help="loader processes")
+    add("--workers", type=Number(int, -1, 64), default=-1, help="as the stages' flag")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="as the stages' flag")
     return parser
 
@@ -74,8 +74,6 @@ class Times:
 
 def time_stage(stage: int, flags: list[str], args) -> dict:
     """Seconds per step of a stage's script and of the bare step, by block."""
-    import statistics
-
     import torch
 
     import common
@@ -122,49 +120,32 @@ def time_stage(stage: int, flags: list[str], args) -> dict:
         parallel.wrap, common.log_step, common.pick_device = plain["wrap"], plain["log_step"], plain["device"]
         torch.nn.utils.clip_grad_norm_, torch.optim.Adam, common.make_adamw = plain["clip"], plain["adam"], plain["adamw"]
     pairs = list(zip(times.ours, times.bare[1:]))[1:]  # ours, then the bare block after it; the first is a warm-up
-    ratios = sorted(a / b for a, b in pairs)
-    return {"stage": stage, "pairs": len(pairs), "ours_s": statistics.median(a for a, _ in pairs),
-            "bare_s": statistics.median(b for _, b in pairs), "ratio": statistics.median(ratios), "low": ratios[0],
-            "high": ratios[-1]}
+    return {"stage": stage, "pairs": len(pairs), "script, s a step": spread([ours for ours, _ in pairs]),
+            "bare step, s": spread([bare for _, bare in pairs]), "ratio": spread([ours / bare for ours, bare in pairs])}
 
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    import platform
-
-    import torch
     steps = args.block * (args.pairs + 2)
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
-        base, clap = "assets/tiny/base", "assets/tiny/clap"
-        if args.sd15:
-            from models import make_sd15
-            make_sd15(place)
-            base, clap = str(place / "base"), str(place / "clap")
         import prepare_data
-        prepare_data.main(["world", "--out", str(place / "world"), "--train", "200", "--val", "4", "--test", "2"])
+        prepare_data.main(["world", "--out", str(place / "world"), "--train", str(max(200, args.batch_size)), "--val", "4", "--test", "2"])
         flags = ["--config", "", "--data-root", str(place / "world"), "--run", str(place / "run"), "--cache-dir", str(place / "cache"),
-                 "--base-model", base, "--clap-model", clap, "--precision", args.precision, "--device", args.device,
-                 "--batch-size", str(args.batch_size), "--workers", str(args.workers), "--validate-every", "0", "--val-draws", "1",
-                 "--samples", "0", "--save-every", str(10 * steps)]
+                 *models(args, place), "--image-size", str(args.image_size), "--precision", args.precision, "--frozen-dtype", args.frozen_dtype,
+                 "--device", args.device, "--batch-size", str(args.batch_size), "--workers", str(args.workers), "--validate-every", "0",
+                 "--val-draws", "1", "--samples", "0", "--save-every", "1000000"]
         rows = []
         for stage in range(1, max(args.stages) + 1):
             n = steps if stage in args.stages else 1
             more = ["--steps", str(n)] + (["--min-steps", str(n), "--away-steps", str(n + 1)] if stage == 3 else [])
-            row = time_stage(stage, flags + more, args) if stage in args.stages else __import__(f"train_stage{stage}").main(flags + more)
-            rows += [row] if row else []
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() and args.device != "cpu" else f"CPU, {torch.get_num_threads()} threads"
-    name = f"step-{'sd15' if args.sd15 else 'tiny'}-{device.split(',')[0].replace(' ', '-')}"
-    command = "python bench/step.py " + " ".join(sys.argv[1:] if argv is None else argv)
-    lines = [f"`{command.strip()}`: {device}, torch {torch.__version__}, batch {args.batch_size}, {args.precision}, blocks of {args.block} "
-             "steps in turns; median of the pairs' ratios, lowest and highest.", "",
-             "| stage | pairs | script, ms a step | bare step, ms | ratio |", "|---|---|---|---|---|"]
-    lines += [f"| {row['stage']} | {row['pairs']} | {row['ours_s'] * 1000:.1f} | {row['bare_s'] * 1000:.1f} | "
-              f"{row['ratio']:.3f} [{row['low']:.3f}, {row['high']:.3f}] |" for row in rows]
-    write_json(HERE / "results" / f"{name}.json", {"command": command, "device": device, "torch": torch.__version__,
-                                                   "machine": platform.processor() or platform.machine(), "rows": rows})
-    write_atomic(HERE / "results" / f"{name}.md", ("\n".join(lines) + "\n").encode())
-    print(json.dumps(rows, indent=2), "\n".join(lines), sep="\n")
+            if stage in args.stages:
+                rows.append(time_stage(stage, flags + more, args))
+            else:
+                __import__(f"train_stage{stage}").main(flags + more)
+    about = (f"batch {args.batch_size}, {args.image_size} px, {args.precision}, blocks of {args.block} steps in turns; median [lowest, highest] "
+             "of the pairs")
+    write_results(f"step-{'sd15' if args.sd15 else 'tiny'}", "step.py", argv, about, rows, args.device)
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def interrupt_sweep(steps: list[int], signums: list[int], stage: int, config: Pa
     for step in steps:
         for signum in signums:
             place = out / f"{name}-{step}-{signum}"
-            command = (f"train_{name}.py", "--config", config, "--run", place, *before)
+            command = (f"train_{name}.py", "--config", config, "--run", place, "--workers", step % 3, *before)
             process = kill_at(step, signum, *command, folder=place / name)
             assert process.returncode == (-9 if signum == signal.SIGKILL else 128 + signum), process.output[1][-2000:]
             if signum != signal.SIGKILL:

@@ -48,7 +48,7 @@ def test_ablations_run_small(tmp_path):
 def test_sd15_config_fits_the_real_shapes(world, tmp_path):
     """configs/sd15.json itself, with paths, sizes and step counts given as flags: two steps of each stage, 64 px."""
     sys.path.insert(0, str(ROOT / "bench"))
-    from tools import make_sd15
+    from bench_tools import make_sd15
     make_sd15(tmp_path)
     flags = ["--config", "configs/sd15.json", "--run", tmp_path / "run", "--data-root", world, "--cache-dir",
              tmp_path / "cache", "--base-model", tmp_path / "base", "--clap-model", tmp_path / "clap", "--image-size", 64,

@@ -100,7 +100,7 @@ def test_a_stopped_stage_goes_on_and_ends_with_the_same_weights(stage, step, sig
 
 
 def test_one_and_two_workers_give_the_same_weights(config, run, tmp_path):
-    for workers in (0, 1):
+    for workers in (1, 2):
         ok(script("train_stage1.py", "--config", config, "--run", tmp_path / str(workers), "--workers", workers,
                   "--samples", 0))
         assert all(torch.equal(value, final(run / "stage1")[key])
