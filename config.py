@@ -230,7 +230,8 @@ def common_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     add("--validate-every", type=Number(int, 0), default=500, help="steps between validations (0 = only at both ends)")
     add("--val-draws", type=Number(int, 1, 100), default=4, help="fixed noise and timestep draws for each clip")
     add("--val-clips", type=Number(int, 0), default=0, help="validation clips used (0 = all)")
-    add("--val-batch-size", type=Number(int, 1), default=32, help="samples in one validation forward pass")
+    add("--val-batch-size", type=Number(int, 1), default=32,
+        help="samples in one forward pass without gradient: validation, and at most 16 of them the encoding of features")
     # checkpoints, logs, pictures
     add("--save-every", type=Number(int, 1), default=500, help="steps between checkpoints")
     add("--keep", type=Number(int, 2, 1000), default=5, help="newest checkpoints kept, beside best")
@@ -316,8 +317,8 @@ def run_main(main) -> None:
         code, message = EXIT_FAILED, f"error: no space left for {error.filename or 'the logs'}; free some and run again"
     except RuntimeError as error:  # torch raises these two from anywhere; their names need no import of torch
         if type(error).__name__ == "OutOfMemoryError":
-            message = ("error: the GPU is out of memory; checkpoints are intact; lower --batch-size and raise "
-                       "--accumulation by the same factor, or hold the frozen UNet in bfloat16 (--frozen-dtype bf16)")
+            message = ("error: the GPU is out of memory; checkpoints are intact; lower --batch-size and raise --accumulation "
+                       "by the same factor, lower --val-batch-size, or add --frozen-dtype nf4 --checkpointing all")
         elif type(error).__name__ in ("DistBackendError", "DistNetworkError") or "closed by peer" in str(error):
             message = "error: another process of this run has ended; its own message says why"
         elif "DataLoader worker" in str(error):

@@ -1,7 +1,7 @@
 """Features are computed once: the cache that the stages train from, the data set that reads it, the order of samples.
 
 The frozen encoders run once: build_features() writes VAE latents, CLAP and text embeddings into a folder keyed by
-(models, settings, manifest, files); AudioImageDataset reads it memory-mapped and knows no encoder.
+(models, settings, manifest, files); AudioImageDataset reads it and knows no encoder.
 
 Shapes: F flips (1 or 2), C latent channels, h w latent size, k windows of a clip, E CLAP width, L D text tokens.
 """
@@ -14,6 +14,7 @@ import fcntl
 import functools
 import hashlib
 import json
+import math
 import os
 import signal
 import sys
@@ -65,10 +66,14 @@ def _loader(dataset: Dataset, batch_sampler, workers: int, pin: bool = False, **
 
 
 class _Decode(Dataset):
-    """Row -> (image (3, H, W), k waveforms, flags), or the reason why not. Only decodes: no model in a worker."""
+    """Row -> (image (3, H, W), k waveforms, flags), or the reason why not; waveforms as log_mel gives them, if it is given.
 
-    def __init__(self, rows: list[Row], image_size: int, sampling_rate: int, window_s: float, windows: int):
+    No model in a worker.
+    """
+
+    def __init__(self, rows: list[Row], image_size: int, sampling_rate: int, window_s: float, windows: int, log_mel=None):
         self.rows, self.image_size, self.audio = rows, image_size, (sampling_rate, window_s, windows)
+        self.log_mel = log_mel
 
     def __getitem__(self, i: int):
         row = self.rows[i]
@@ -77,9 +82,10 @@ class _Decode(Dataset):
         except BadFile as error:
             return f"image {row.image_path.name}: {error}"
         try:
-            return image, *decode_audio(row.audio_path, *self.audio)
+            clips, flags = decode_audio(row.audio_path, *self.audio)
         except BadFile as error:
             return f"audio {row.audio_path.name}: {error}"
+        return image, [self.log_mel(clip) for clip in clips] if self.log_mel else clips, flags
 
 
 # --- cache --------------------------------------------------------------------------------------------------
@@ -210,7 +216,7 @@ class _Encoders:
         images = np.stack([image for image, _, _ in decoded])
         sides = [self.latents(side) for side in ([images, images[..., ::-1].copy()] if flip else [images])]
         clips = [clip for _, clips, _ in decoded for clip in clips]
-        embeds = torch.cat([self.clap(clips[i:i + batch_size]).cpu() for i in range(0, len(clips), batch_size)])
+        embeds = torch.cat([self.clap.embed(clips[i:i + batch_size]).cpu() for i in range(0, len(clips), batch_size)])
         silent = torch.tensor([bool(flags) for _, _, flags in decoded])
         embeds = embeds.unflatten(0, (len(decoded), -1)).masked_fill(silent[:, None, None], 0.0)  # the null audio
         return {"latents_mean": torch.stack([mean for mean, _ in sides], 1),  # (B, F, C, h, w)
@@ -351,7 +357,7 @@ class _Build:
         usable = {name: [i for i in span if i not in self.header_bad] for name, span in missing.items()}
         batches = {name: [part[i:i + batch_size] for i in range(0, len(part), batch_size)] for name, part in usable.items()}
         decoder = _Decode(self.rows, settings["image_size"], encoders.clap.sampling_rate, encoders.clap.window_s,
-                          settings["windows"])
+                          settings["windows"], encoders.clap.log_mel)
         loader = _loader(decoder, [batch for part in batches.values() for batch in part], workers, collate_fn=list)
         total, rest = len(self.rows) - len(self.header_bad), sum(map(len, usable.values()))
         with contextlib.closing(iter(loader)) as decoded, \
@@ -373,8 +379,46 @@ class _Build:
 
 # --- training side ------------------------------------------------------------------------------------------
 
+class _Shard:
+    """One file of the cache and where its tensors lie in it, so that a row is one short read.
+
+    Nothing is kept open or mapped: what was read from a mapped file counts as the process's memory until it is all of it.
+
+    Raises:
+        RunFailed: the file is gone, cut or of another kind.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            with open(path, "rb") as file:  # safetensors: the header's length, the header, the tensors
+                size = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(size))
+            self.layout = {name: (8 + size + spec["data_offsets"][0], spec["shape"][1:])
+                           for name, spec in header.items() if name != "__metadata__"}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise self.broken(error) from None
+
+    def broken(self, reason) -> RunFailed:
+        return RunFailed(f"{self.path}: cannot be read ({reason}); start again, it will be rebuilt")
+
+    def row(self, i: int) -> dict[str, torch.Tensor]:
+        """Row i of every tensor, float32."""
+        found = {}
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                for name, (start, shape) in self.layout.items():
+                    content = bytearray(4 * math.prod(shape))
+                    if os.preadv(file.fileno(), [content], start + i * len(content)) != len(content):
+                        raise OSError("cut off")
+                    found[name] = torch.frombuffer(content, dtype=torch.float32).view(shape)
+        except OSError as error:
+            raise self.broken(error) from None
+        return found
+
+
 class AudioImageDataset(Dataset):
-    """The cached features of one split; memory-mapped, opened by each process when it first reads.
+    """The cached features of one split, read row by row as they are asked for.
 
     An item: latents_mean, latents_std (F, C, h, w) with F = 2 (plain, mirrored) if flips were cached, else 1, already
     scaled; audio_embeds (k, E); text_embeds (L, D), all float32; index, the item's number.
@@ -395,43 +439,31 @@ class AudioImageDataset(Dataset):
         if not self.rows:
             raise UserError(f"{data_root}: no usable row in split {split!r}; add rows with that split to the manifest")
         self.labels = sorted({row["label"] for row in self.rows if row["label"] is not None})
-        self._shards, self._pid = {}, None
+        self._shards: dict[tuple[str, int], _Shard] = {}
         first = self[0]
         self.latent_shape = tuple(first["latents_mean"].shape[1:])  # (C, h, w)
         self.flips = len(first["latents_mean"])
         self.windows, self.embed_dim = first["audio_embeds"].shape
-        self.empty_text_embeds = self._read("text", 0, 0, "text_embeds")  # (L, D)
+        self.empty_text_embeds = self._read("text", 0, 0)["text_embeds"]  # (L, D)
         self.text_dim = self.empty_text_embeds.shape[-1]
 
-    def _read(self, kind: str, shard: int, offset: int, name: str) -> torch.Tensor:
-        if self._pid != os.getpid():  # a forked worker opens its own
-            self._shards, self._pid = {}, os.getpid()
+    def _read(self, kind: str, shard: int, offset: int) -> dict[str, torch.Tensor]:
         if (kind, shard) not in self._shards:
-            path = self.cache / f"{kind}-{shard:05d}.safetensors"
-            try:
-                with safe_open(path, "pt") as file:  # its tensors are views of the mapped file: nothing is read yet
-                    self._shards[kind, shard] = {key: file.get_tensor(key) for key in file.keys()}
-            except (OSError, SafetensorError) as error:
-                raise RunFailed(f"{path}: cannot be read ({error}); start again, it will be rebuilt") from None
-        return self._shards[kind, shard][name][offset]
+            self._shards[kind, shard] = _Shard(self.cache / f"{kind}-{shard:05d}.safetensors")
+        return self._shards[kind, shard].row(offset)
 
     def some_audio_embeds(self, n: int) -> torch.Tensor:
         """The first window of n rows, evenly spread, or of all if there are fewer: (n, E)."""
         rows = (self.rows[i * len(self) // n] for i in range(n)) if n < len(self) else self.rows
-        return torch.stack([self._read("rows", row["shard"], row["offset"], "audio_embeds")[0] for row in rows])
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_shards": {}, "_pid": None}
+        return torch.stack([self._read("rows", row["shard"], row["offset"])["audio_embeds"][0] for row in rows])
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, i: int) -> dict:
         row = self.rows[i]
-        item = {name: self._read("rows", row["shard"], row["offset"], name)
-                for name in ("latents_mean", "latents_std", "audio_embeds")}
-        text_shard, text_offset = divmod(row["text_id"], SHARD_ROWS)
-        return item | {"text_embeds": self._read("text", text_shard, text_offset, "text_embeds"), "index": i}
+        item = self._read("rows", row["shard"], row["offset"])
+        return item | self._read("text", *divmod(row["text_id"], SHARD_ROWS)) | {"index": i}
 
 
 @functools.lru_cache(maxsize=2)  # a batch may straddle two epochs
@@ -483,5 +515,6 @@ def make_loader(dataset: Dataset, batch_size: int, seed: int, start: int, stop: 
 def open_splits(cfg, base: Path, clap: Path, device) -> tuple[AudioImageDataset, AudioImageDataset]:
     """The cached train and validation features for a stage's settings, built first where they are missing."""
     cache = build_features(cfg.data_root, base, clap, cfg.image_size, cfg.cache_dir, cfg.windows, cfg.flip,
-                           workers=cfg.workers if cfg.workers >= 0 else 2, device=str(device), max_bad_share=cfg.max_bad_share)
+                           batch_size=min(16, cfg.val_batch_size), workers=cfg.workers if cfg.workers >= 0 else 2,
+                           device=str(device), max_bad_share=cfg.max_bad_share)
     return AudioImageDataset(cfg.data_root, "train", cache), AudioImageDataset(cfg.data_root, "val", cache)

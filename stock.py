@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import parallel
 import runs
-from common import AudioAttentionAdapter, AudioProjectionMLP, peak_memory_mb, quiet_libraries
+from common import DTYPES, AudioAttentionAdapter, AudioProjectionMLP, peak_memory_mb, quiet_libraries
 from config import GUIDANCE, SCHEDULERS, RunFailed, write_atomic, write_json
 
 
@@ -177,7 +177,7 @@ def sample_pictures(adapter_path: Path, base: Path, val, cfg, device, steps: int
     from PIL import Image
     first = {row["label"] or row["id"]: i for i, row in reversed(list(enumerate(val.rows)))}
     chosen = sorted(first.values())[:cfg.samples]
-    pipe = load_stock_pipeline(base, adapter_path, device)
+    pipe = load_stock_pipeline(base, adapter_path, device, DTYPES[cfg.precision])
     images = []
     for i in chosen:  # one at a time: a sample sheet must fit wherever training fits
         images += pictures(pipe, val[i]["audio_embeds"][:1], [""], guidance, steps, [cfg.seed + i],

@@ -74,13 +74,14 @@ def call(*command) -> None:
         raise RunFailed(f"{' '.join(map(str, command))}: {(done.stderr.strip() or done.stdout.strip()).splitlines()[-1]}")
 
 
-def watched(out: Path, *command) -> dict:
-    """Run a training script under watch.py. What was seen, and `step_s`, the median time between optimizer steps."""
+def watched(out: Path, *command, steps: int = 0) -> dict:
+    """Run a training script under watch.py, to its end or for so many optimizer steps; `step_s` is the median between them."""
     out.unlink(missing_ok=True)
-    os.environ["WATCH_BEGAN"] = repr(time.time())
+    os.environ |= {"WATCH_BEGAN": repr(time.time()), "WATCH_STEPS": str(steps)}
     call(HERE / "watch.py", out, *command)
     seen = json.loads(out.read_text())
-    seen["step_s"] = statistics.median(b - a for a, b in zip(seen["steps"], seen["steps"][1:]))
+    if len(seen["steps"]) > 1:
+        seen["step_s"] = statistics.median(b - a for a, b in zip(seen["steps"], seen["steps"][1:]))
     return seen
 
 
@@ -106,8 +107,8 @@ def write_results(name: str, script: str, argv: list[str] | None, about: str, ro
     import torch
     machine = device_name(device)
     command = " ".join(["python", f"bench/{script}", *(sys.argv[1:] if argv is None else argv)])
-    path = HERE / "results" / f"{name}-{machine.split(',')[0].replace(' ', '-')}"
-    path.parent.mkdir(exist_ok=True)
+    path = Path(os.environ.get("BENCH_RESULTS", HERE / "results")) / f"{name}-{machine.split(',')[0].replace(' ', '-')}"
+    path.parent.mkdir(parents=True, exist_ok=True)
     lines = [f"`{command}`: {machine}, torch {torch.__version__}; {about}", "", f"| {' | '.join(rows[0])} |",
              "|" + "---|" * len(rows[0]), *(f"| {' | '.join(map(show, row.values()))} |" for row in rows)]
     write_json(path.with_suffix(".json"), {"command": command, "device": machine, "torch": torch.__version__, "about": about, "rows": rows})

@@ -63,7 +63,7 @@ def time_build(args, place: Path, named: list[str]) -> list[dict]:
             for chunk in chunks(captions):
                 encoders.text(chunk)
             for chunk in chunks(decoded):
-                encoders.rows(chunk, False, 16)
+                encoders.rows([(image, [*map(encoders.clap.log_mel, clips)], flags) for image, clips, flags in chunk], False, 16)
         built.append(middle - began)
         alone.append(time.perf_counter() - middle)
     return [{"clips": len(rows), "build, s": spread(built[1:]), "encoders alone, s": spread(alone[1:]),
@@ -104,7 +104,7 @@ def make_rows(folder: Path, cache: Path, n: int, named: list[str]) -> None:
 
     class Encoders:
         def __init__(self, *_):
-            self.clap = type("CLAP", (), {"sampling_rate": 48000, "window_s": 4.0})
+            self.clap = type("CLAP", (), {"sampling_rate": 48000, "window_s": 4.0, "log_mel": None})
 
         def text(self, captions):
             return text[:len(captions)]
@@ -131,7 +131,7 @@ def time_rows(args, place: Path) -> list[dict]:
             seen[n].append(watched(place / "seen.json", "train_stage1.py", "--config", "", "--data-root", folder, "--cache-dir",
                                    place / "rows-cache", *named, "--image-size", 64, "--batch-size", 16, "--precision", "fp32",
                                    "--validate-every", 0, "--val-draws", 1, "--samples", 0, "--save-every", 100000, "--steps",
-                                   args.steps, "--run", place / f"run-{n}-{turn}"))
+                                   args.steps, "--run", place / f"run-{n}-{turn}", steps=args.steps))
     short = seen[1000]
     return [{"rows": n, "first step done after, s": spread([run["steps"][0] for run in runs]),
              "s more than 1,000 rows": spread([a["steps"][0] - b["steps"][0] for a, b in zip(runs, short, strict=True)]),

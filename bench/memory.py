@@ -1,6 +1,6 @@
 """What each memory setting saves and costs: stage 2 with it, alone, and all together, against plain.
 
-    python bench/memory.py                        # the default model; writes bench/results/memory-tiny-DEVICE.{json,md}
+    python bench/memory.py                        # the default model; writes bench/results/memory-tiny-64-16-DEVICE.{json,md}
     python bench/memory.py --sd15 --image-size 128 --batch-size 2 --steps 4 --repeats 1
 
 Each setting is the real train_stage2.py in a process of its own, in turns, with the same seed, steps and data. Memory is the
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     found: dict[str, list[dict]] = {name: [] for name in args.only}
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
-        call("prepare_data.py", "world", "--out", place / "world", "--train", 400, "--val", 50 if not args.sd15 else 4, "--test", 2)
+        call("prepare_data.py", "world", "--out", place / "world", "--train", 400, "--val", 50 if not args.sd15 else 2, "--test", 2)
         flags = ["--config", "", "--data-root", place / "world", "--cache-dir", place / "cache", *models(args, place),
                  "--image-size", args.image_size, "--validate-every", 0, "--val-draws", 1, "--samples", 0, "--val-batch-size", 4,
                  "--save-every", 100000, "--log-every", 1]
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
                      "loss - plain's": "" if name == "plain" else [round(value, 6) for value in change]})
     about = (f"stage 2, batch {args.batch_size}, {args.image_size} px, {args.precision}, {args.steps} steps, runs of each: {args.repeats}, in "
              "turns; median [lowest, highest]")
-    write_results(f"memory-{'sd15' if args.sd15 else 'tiny'}", "memory.py", argv, about, rows)
+    write_results(f"memory-{'sd15' if args.sd15 else 'tiny'}-{args.image_size}-{args.batch_size}", "memory.py", argv, about, rows)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
         found = {(name, precision): [] for precision in args.precisions for name in names}
         for turn in range(args.repeats):
             for name, precision in tqdm(found, desc=f"turn {turn + 1} of {args.repeats}", unit="run"):
-                found[name, precision].append(watched(place / "seen.json", *contestant(name, precision, turn)))
+                found[name, precision].append(watched(place / "seen.json", *contestant(name, precision, turn), steps=args.steps))
 
     def against(seen: list[dict], precision: str) -> object:
         """[median, lowest, highest] of how many times our steps a second are theirs."""

@@ -39,8 +39,9 @@ def build_parser():
 class Times:
     """Watches a stage from its own calls: takes its parts as they are made, and runs bare steps between its blocks."""
 
-    def __init__(self, args, torch):
-        self.args, self.torch, self.steps, self.ours, self.bare, self.began = args, torch, 0, [], [], None
+    def __init__(self, args, torch, at_end):
+        self.args, self.torch, self.at_end = args, torch, at_end
+        self.steps, self.ours, self.bare, self.began = 0, [], [], None
 
     def now(self) -> float:
         if self.torch.cuda.is_available() and self.args.device != "cpu":
@@ -69,16 +70,18 @@ class Times:
         now = self.now()
         if len(self.bare) < len(self.ours) + 1:
             self.bare.append((now - self.began) / self.args.block)
-        self.began = now
+        if self.at_end and self.steps == self.args.block * (self.args.pairs + 2):
+            self.at_end(self)
+        self.began = self.now()
 
 
-def time_stage(stage: int, flags: list[str], args) -> dict:
-    """Seconds per step of a stage's script and of the bare step, by block."""
+def time_stage(stage: int, flags: list[str], args, at_end=None) -> dict:
+    """Seconds per step of a stage's script and of the bare step, by block; at_end(times) is called after the last step."""
     import torch
 
     import common
     import parallel
-    times = Times(args, torch)
+    times = Times(args, torch, at_end)
     plain = {"wrap": parallel.wrap, "log_step": common.log_step, "device": common.pick_device,
              "clip": torch.nn.utils.clip_grad_norm_, "adam": torch.optim.Adam, "adamw": common.make_adamw}
 

@@ -2,7 +2,7 @@
 
     python bench/watch.py OUT.json train_stage2.py --config ... # or any script whose optimizer is one of torch's
 
-The other benchmarks call this; it patches nothing but common.validation_losses, whose losses of each clip it keeps.
+With WATCH_STEPS=N it ends after N steps, whatever the script would do then. The other benchmarks call this; it patches nothing but common.validation_losses, whose losses of each clip it keeps.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def main() -> None:
     sys.path.insert(0, str(ROOT))
     import torch
+    from torch.optim.optimizer import register_optimizer_step_post_hook
 
     import common
     out, script, *flags = sys.argv[1:]
@@ -31,6 +32,9 @@ def main() -> None:
         seen["steps"].append(time.time() - began)
         memory = common.peak_memory_mb(device)
         seen["memory_mb"].append(memory.get("cuda_reserved", memory["rss"]))
+        if len(seen["steps"]) == int(os.environ.get("WATCH_STEPS", 0)):
+            Path(out).write_text(json.dumps(seen))
+            os._exit(0)
 
     def kept(*args, **options):
         losses = measure(*args, **options)
@@ -38,7 +42,7 @@ def main() -> None:
             seen["losses"].append(losses["right"].tolist())
         return losses
 
-    torch.optim.optimizer.register_optimizer_step_post_hook(after_step)
+    register_optimizer_step_post_hook(after_step)
     measure, common.validation_losses = common.validation_losses, kept
     sys.argv = [script, *flags]
     try:

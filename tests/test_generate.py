@@ -83,15 +83,15 @@ def encoder():
 
 
 @cache
-def pipeline(base: Path, adapter_path: Path, device, dtype):
-    return LOAD(base, adapter_path, device, dtype)
+def pipeline(base: Path, adapter_path: Path, device, dtype, scheduler):
+    return LOAD(base, adapter_path, device, dtype, scheduler)
 
 
 LOAD = stock.load_stock_pipeline
 
 
 def stock_pipe(adapter: Path):
-    return pipeline(BASE, adapter, torch.device("cpu"), torch.float32)
+    return pipeline(BASE, adapter, torch.device("cpu"), torch.float32, "base")
 
 
 def read(path: Path) -> np.ndarray:
@@ -110,6 +110,20 @@ def units(*shape: int) -> torch.Tensor:
 def apart(a: np.ndarray, b: np.ndarray) -> int:
     """The largest difference of two pictures, in levels of 255."""
     return int(abs(a - b).max())
+
+
+@pytest.mark.parametrize("name, kind", [("dpm", "DPMSolverMultistepScheduler"), ("unipc", "UniPCMultistepScheduler")])
+def test_a_scheduler_for_few_steps_is_diffusers_own(name, kind, draw, sounds, adapter, tmp_path):
+    import diffusers
+    ours = draw(sounds["siren"], "--scheduler", name)
+    assert settings(tmp_path / "out.png")["scheduler"] == name
+    pipe = LOAD(BASE, adapter)
+    pipe.scheduler = getattr(diffusers, kind).from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    heard = generate.embed(encoder(), str(sounds["siren"]))[None]
+    image = pipe("", ip_adapter_image_embeds=[torch.cat([torch.zeros_like(heard), heard])], guidance_scale=3.0, num_inference_steps=3,
+                 generator=torch.Generator().manual_seed(0), height=64, width=64).images[0]
+    assert apart(ours, np.asarray(image).astype(int)) <= 1
+    assert apart(ours, draw(sounds["siren"])) > 5  # the base model's own scheduler goes another way
 
 
 # --- mixing and modes -----------------------------------------------------------------------------------------------

@@ -63,7 +63,8 @@ def test_the_commands_are_found():
 
 def test_the_tables_are_what_their_sources_say():
     """Of the sources that are in the repository; the tool says which table differs, and would have written it."""
-    command = [sys.executable, "tools/make_readme.py", "--check", "--only", "small-models", "ablations"]
+    command = [sys.executable, "tools/make_readme.py", "--check", "--only", "small-models", "ablations", *(
+        name for name in re.findall("<!-- (bench-.*) -->", README))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "differ: none" in done.stdout, done.stdout + done.stderr
 
@@ -76,8 +77,8 @@ def test_readme_command(command, copy):
         pytest.skip("Debian's tuxpaint-stamps-default is not installed")
     if "run_tests.sh" in command:
         command += " --collect-only -q"  # the tests themselves are running already
-    if "ablations/run.py" in command:
-        pytest.skip("an hour of training; tests/test_slow.py runs it small")
+    if "ablations/run.py" in command or "bench/" in command:
+        pytest.skip("takes long; tests/test_slow.py runs it small")
     done = run(command, copy)
     if command == COMMANDS[0]:
         assert "runs/tiny/samples.png" in done.stdout and (copy / "runs/tiny/report.md").exists()

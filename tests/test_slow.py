@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, interrupt_sweep, ok, script
@@ -45,13 +47,27 @@ def test_ablations_run_small(tmp_path):
     assert results["variants"]["tokens-1"]["measures"]["iis_cosine"]["difference"][0] != 0
 
 
-def test_sd15_config_fits_the_real_shapes(world, tmp_path):
-    """configs/sd15.json itself, with paths, sizes and step counts given as flags: two steps of each stage, 64 px."""
+@pytest.mark.parametrize("name, tables", [("run", 7), ("gpu", 5)])
+def test_benchmarks_run_small(name, tables):
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = ok(subprocess.run(["bash", f"bench/{name}.sh", "--smoke"], cwd=ROOT, env={**os.environ, "PATH": path}, capture_output=True, text=True))
+    assert done.stdout.count("`python bench/") == tables, done.stdout[-3000:]
+
+
+@pytest.fixture(scope="module")
+def sd15(tmp_path_factory) -> Path:
     sys.path.insert(0, str(ROOT / "bench"))
     from bench_tools import make_sd15
-    make_sd15(tmp_path)
-    flags = ["--config", "configs/sd15.json", "--run", tmp_path / "run", "--data-root", world, "--cache-dir",
-             tmp_path / "cache", "--base-model", tmp_path / "base", "--clap-model", tmp_path / "clap", "--image-size", 64,
+    place = tmp_path_factory.mktemp("sd15")
+    make_sd15(place)
+    return place
+
+
+@pytest.mark.parametrize("name", ("sd15", "sd15_safe"))
+def test_sd15_config_fits_the_real_shapes(name, sd15, world, tmp_path):
+    """The config itself, with paths, sizes and step counts given as flags: two steps of each stage, 64 px."""
+    flags = ["--config", f"configs/{name}.json", "--run", tmp_path / "run", "--data-root", world, "--cache-dir",
+             tmp_path / "cache", "--base-model", sd15 / "base", "--clap-model", sd15 / "clap", "--image-size", 64,
              "--batch-size", 1, "--steps", 2, "--val-clips", 2, "--val-draws", 1, "--samples", 1, "--workers", 0]
     for stage in (1, 2, 3):
         ok(script(f"train_stage{stage}.py", *flags))

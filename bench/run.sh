@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Every benchmark that a CPU can do, one after another, into bench/results/ (about 70 minutes on two cores; leave the machine
+# alone meanwhile). What the tables of the README are made from.
+#
+#   bash bench/run.sh                  # the few-step table needs the default run: bash run_all_stages.sh
+#   bash bench/run.sh --smoke          # everything small, keeps no result
+#   PUBLISHED=train_text_to_image_lora.py bash bench/run.sh    # diffusers' script beside (pip install datasets torchvision)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. ./setup_env.sh
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+published=${PUBLISHED:+--published $PUBLISHED}
+
+if [ "${1-}" = "--smoke" ]; then
+    export BENCH_RESULTS=$work/results
+    "$PYTHON" bench/step.py --pairs 5 --block 1 --batch-size 2 --stages 3
+    "$PYTHON" bench/memory.py --steps 3 --batch-size 2 --precision fp32 --only plain "8-bit Adam"
+    "$PYTHON" bench/peer.py --steps 3 --batch-size 2 --repeats 1 --precisions fp32
+    "$PYTHON" bench/cache.py --clips 16 --rows 2000 --repeats 1 --steps 3
+    "$PYTHON" bench/startup.py --repeats 1
+    "$PYTHON" bench/generation.py --only time --steps 2 --repeats 1
+    exit
+fi
+sd15="--sd15 --models $work/sd15"
+"$PYTHON" bench/step.py
+"$PYTHON" bench/step.py $sd15 --image-size 128 --batch-size 2 --block 1 --pairs 11
+"$PYTHON" bench/peer.py $published
+"$PYTHON" bench/peer.py $sd15 --image-size 256 --batch-size 1 --steps 4 --repeats 5 $published
+"$PYTHON" bench/cache.py
+"$PYTHON" bench/startup.py
+"$PYTHON" bench/memory.py --repeats 5
+"$PYTHON" bench/memory.py $sd15 --image-size 256 --batch-size 2 --steps 3
+"$PYTHON" bench/generation.py
