@@ -213,8 +213,8 @@ def common_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     add("--batch-size", type=Number(int, 1), default=2, help="samples in one forward pass")
     add("--accumulation", type=Number(int, 1), default=1, help="forward passes in one optimizer step")
     add("--workers", type=Number(int, -1, 64), default=-1,
-        help="loader processes (0 = load in this process; -1 = 2 to decode files and with CUDA, else 0: cached features are "
-        "quicker to read than to hand over)")
+        help="loader processes (0 = load in this process; -1 = 2 with CUDA; on a CPU 1 to decode files and 0 in training, where "
+        "a read is quicker than a hand-over)")
     # device and numbers
     add("--seed", type=Number(int, 0, 2 ** 31 - 1), default=0, help="seed of order, noise, timesteps, drops, LoRA")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto = CUDA if torch sees it")

@@ -359,6 +359,9 @@ class _Build:
         decoder = _Decode(self.rows, settings["image_size"], encoders.clap.sampling_rate, encoders.clap.window_s,
                           settings["windows"], encoders.clap.log_mel)
         loader = _loader(decoder, [batch for part in batches.values() for batch in part], workers, collate_fn=list)
+        threads = torch.get_num_threads()
+        if encoders.device == "cpu":  # a loader process that shares a core with one of torch's threads makes all of them wait
+            torch.set_num_threads(max(1, threads - workers))
         total, rest = len(self.rows) - len(self.header_bad), sum(map(len, usable.values()))
         with contextlib.closing(iter(loader)) as decoded, \
                 tqdm(total=total if parallel.world() == 1 else rest, initial=total - rest if parallel.world() == 1 else 0,
@@ -375,6 +378,7 @@ class _Build:
                     bar.update(len(batch))
                 joined = {key: torch.cat([t[key] for t in tensors]) for key in (tensors[0] if tensors else ())}
                 self._save(name, joined, {"rows": good, "bad": bad})
+        torch.set_num_threads(threads)
 
 
 # --- training side ------------------------------------------------------------------------------------------
@@ -393,10 +397,10 @@ class _Shard:
         try:
             with open(path, "rb") as file:  # safetensors: the header's length, the header, the tensors
                 size = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(size))
+                header = json.loads(file.read(min(size, path.stat().st_size)))
             self.layout = {name: (8 + size + spec["data_offsets"][0], spec["shape"][1:])
                            for name, spec in header.items() if name != "__metadata__"}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise self.broken(error) from None
 
     def broken(self, reason) -> RunFailed:
@@ -515,6 +519,6 @@ def make_loader(dataset: Dataset, batch_size: int, seed: int, start: int, stop: 
 def open_splits(cfg, base: Path, clap: Path, device) -> tuple[AudioImageDataset, AudioImageDataset]:
     """The cached train and validation features for a stage's settings, built first where they are missing."""
     cache = build_features(cfg.data_root, base, clap, cfg.image_size, cfg.cache_dir, cfg.windows, cfg.flip,
-                           batch_size=min(16, cfg.val_batch_size), workers=cfg.workers if cfg.workers >= 0 else 2,
-                           device=str(device), max_bad_share=cfg.max_bad_share)
+                           batch_size=min(16, cfg.val_batch_size),
+                           workers=cfg.workers if cfg.workers >= 0 else 2 if device.type == "cuda" else 1, device=str(device), max_bad_share=cfg.max_bad_share)
     return AudioImageDataset(cfg.data_root, "train", cache), AudioImageDataset(cfg.data_root, "val", cache)

@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
                  *models(args, place), "--image-size", str(args.image_size), "--validate-every", "0", "--val-draws", "1", "--samples", "0",
                  "--save-every", "1000000", "--frozen-dtype", "bf16"]
         for stage in (1, 2):  # what the next stages begin with
-            __import__(f"train_stage{stage}").main([*flags, "--steps", "1", "--batch-size", "1"])
+            __import__(f"train_stage{stage}").main([*flags, "--name", f"stage{stage}", "--steps", "1", "--batch-size", "1"])
         steps = args.block * (args.pairs + 2)
         plans = [(stage, batch, []) for batch in args.batches for stage in args.stages]
         fast = ["--channels-last", "--compile"]

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every benchmark that a CPU can do, one after another, into bench/results/ (about 70 minutes on two cores; leave the machine
+# Every benchmark that a CPU can do, one after another, into bench/results/ (about 80 minutes on two cores; leave the machine
 # alone meanwhile). What the tables of the README are made from.
 #
 #   bash bench/run.sh                  # the few-step table needs the default run: bash run_all_stages.sh
@@ -25,10 +25,11 @@ fi
 sd15="--sd15 --models $work/sd15"
 "$PYTHON" bench/step.py
 "$PYTHON" bench/step.py $sd15 --image-size 128 --batch-size 2 --block 1 --pairs 11
-"$PYTHON" bench/peer.py $published
-"$PYTHON" bench/peer.py $sd15 --image-size 256 --batch-size 1 --steps 4 --repeats 5 $published
+"$PYTHON" bench/peer.py --steps 10 --precisions fp32 $published
+"$PYTHON" bench/peer.py $sd15 --image-size 256 --batch-size 1 --steps 3 $published
 "$PYTHON" bench/cache.py
-"$PYTHON" bench/startup.py
-"$PYTHON" bench/memory.py --repeats 5
-"$PYTHON" bench/memory.py $sd15 --image-size 256 --batch-size 2 --steps 3
-"$PYTHON" bench/generation.py
+"$PYTHON" bench/startup.py --repeats 5
+"$PYTHON" bench/memory.py --batch-size 8 --steps 40
+"$PYTHON" bench/memory.py $sd15 --image-size 512 --batch-size 1 --steps 3 --only plain "bf16, checkpointing down" \
+    "bf16, checkpointing all, batch x 2" "nf4, 8-bit, checkpointing all"
+"$PYTHON" bench/generation.py --clips 100

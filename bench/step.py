@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
             if stage in args.stages:
                 rows.append(time_stage(stage, flags + more, args))
             else:
-                __import__(f"train_stage{stage}").main(flags + more)
+                __import__(f"train_stage{stage}").main([*flags, *more, "--name", f"stage{stage}"])
     about = (f"batch {args.batch_size}, {args.image_size} px, {args.precision}, blocks of {args.block} steps in turns; median [lowest, highest] "
              "of the pairs")
     write_results(f"step-{'sd15' if args.sd15 else 'tiny'}", "step.py", argv, about, rows, args.device)

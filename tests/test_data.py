@@ -433,6 +433,23 @@ def test_damaged_shards_and_stale_files_are_replaced(tmp_path, models, encoded):
     assert sum("is damaged" in line for line in lines) == 2 and sum(line.startswith("removed") for line in lines) == 1
 
 
+def test_a_shard_that_breaks_under_a_running_stage_is_one_sentence(tmp_path, models):
+    cache = build(folder(tmp_path / "data"), models, tmp_path / "cache")
+    dataset = features.AudioImageDataset(tmp_path / "data", "train", cache)
+    last = dataset[len(dataset) - 1]
+    path = cache / "rows-00000.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:len(whole) * 2 // 3])  # where its rows lie is known already
+    with pytest.raises(RunFailed, match="rows-00000.*cannot be read .cut off.; start again"):
+        dataset[len(dataset) - 1]
+    path.write_bytes(whole)
+    assert all(torch.equal(last[key], dataset[len(dataset) - 1][key]) for key in last if key != "index")
+    for content in (b"", whole[:20], b"\xff" * 100, None):
+        path.unlink() if content is None else path.write_bytes(content)
+        with pytest.raises(RunFailed, match="rows-00000.*cannot be read"):
+            features.AudioImageDataset(tmp_path / "data", "train", cache)[len(dataset) - 1]
+
+
 def test_a_killed_build_goes_on_and_equals_the_unbroken_one(tmp_path, models, encoded):
     root = folder(tmp_path / "data", 14)
     script = f"""
