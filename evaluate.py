@@ -577,7 +577,8 @@ def to_markdown(e: dict) -> str:
     judge = e["judge"]
     lines = [f"# Evaluation of {e['run']}", "",
              f"{e['n']} clips of split {e['split']} of {e['data_root']}; adapter of {e['trained']['stage']}, tanh(gate) "
-             f"{e['gate']['tanh_gate']:.3f}; guidance {e['settings']['guidance']:g}, {e['settings']['steps']} steps, seed "
+             f"{e['gate']['tanh_gate']:.3f}; guidance {e['settings']['guidance']:g}, {e['settings']['steps']} steps"
+             f"{'' if e['settings'].get('scheduler', 'base') == 'base' else ' of ' + e['settings']['scheduler']}, seed "
              f"{e['settings']['seed']}. Mean (or the statistic named) with a 95 % bootstrap interval over the clips.", "",
              "The judge reads real pictures: " + ", ".join(f"{LANGUAGES[k]} {number(v)}" for k, v in judge["accuracy"].items())
              + f" (n {judge['n']}, {judge['name']}).", "",

@@ -413,7 +413,8 @@ class _Shard:
             with open(self.path, "rb", buffering=0) as file:
                 for name, (start, shape) in self.layout.items():
                     content = bytearray(4 * math.prod(shape))
-                    if os.preadv(file.fileno(), [content], start + i * len(content)) != len(content):
+                    file.seek(start + i * len(content))
+                    if file.readinto(content) != len(content):
                         raise OSError("cut off")
                     found[name] = torch.frombuffer(content, dtype=torch.float32).view(shape)
         except OSError as error:

@@ -81,8 +81,6 @@ def time_pictures(args, place: Path) -> list[dict]:
 
 
 def judge_few_steps(args) -> list[dict]:
-    import time
-
     import evaluate
     import judge
     import metrics
@@ -93,13 +91,11 @@ def judge_few_steps(args) -> list[dict]:
         clips = evaluate.Clips(evaluate.find_data(asked, subject.adapter_path), "test", args.clips, subject.facts["image_size"])
         subject.load(clips)
         judged = judged or evaluate.Judged(judge.Judge(asked.judge), clips)
-        began = time.perf_counter()
         with tempfile.TemporaryDirectory() as fresh:
             subject.pictures_dir = Path(fresh)
             images = subject.pictures("right", subject.audio_embeds, list(range(len(clips.rows))))
-        seconds = time.perf_counter() - began
         found = judged.measures(judged.judge.images(images))
-        rows.append({"scheduler": scheduler, "steps": steps, "s a picture": seconds / len(images),
+        rows.append({"scheduler": scheduler, "steps": steps,
                      **{title: [round(value, 4) for value in metrics.interval(found[key])] for key, title in (
                          ("top1_en", "top-1"), ("iis_cosine", "image similarity, cosine"), ("recall_at_1", "R@1"),
                          ("pairs_heard", "both, heard pairs"), ("pairs_unheard", "both, unheard pairs")) if key in found}})

@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     found: dict[str, list[dict]] = {name: [] for name in args.only}
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
-        call("prepare_data.py", "world", "--out", place / "world", "--train", 400, "--val", 50 if not args.sd15 else 2, "--test", 2)
+        call("prepare_data.py", "world", "--out", place / "world", "--train", 8 * args.batch_size, "--val", 2 if args.sd15 else 50, "--test", 2)
         flags = ["--config", "", "--data-root", place / "world", "--cache-dir", place / "cache", *models(args, place),
                  "--image-size", args.image_size, "--validate-every", 0, "--val-draws", 1, "--samples", 0, "--val-batch-size", 4,
                  "--save-every", 100000, "--log-every", 1]
@@ -78,16 +78,20 @@ def main(argv: list[str] | None = None) -> None:
                 precision = "bf16" if "--frozen-dtype" in SETTINGS[name] else args.precision
                 found[name].append(watched(
                     place / "seen.json", "train_stage2.py", *flags, "--init-from", place / "stage1", "--run", place / f"run-{name}-{turn}",
-                    "--precision", precision, "--steps", args.steps, "--batch-size", batch, "--learning-rate", 3e-4, *SETTINGS[name]))
+                    "--precision", precision, "--steps", args.steps, "--batch-size", batch, "--learning-rate", 3e-4, *SETTINGS[name],
+                    steps=args.steps if args.sd15 else 0))
     rows = []
     for name, seen in found.items():
         pairs = list(zip(seen, found["plain"], strict=True))
-        change = metrics.interval([a - b for a, b in zip(seen[0]["losses"][-2], found["plain"][0]["losses"][-2], strict=True)])
+        change = ""
+        if name != "plain" and not args.sd15:  # random weights have nothing to lose
+            last = [run[0]["losses"][-2] for run in (seen, found["plain"])]  # of the last step's weights; then come the best ones'
+            change = [round(value, 6) for value in metrics.interval([a - b for a, b in zip(*last, strict=True)])]
         rows.append({"setting": name, "peak memory, MB": round(max(run["memory_mb"][-1] for run in seen)),
                      "of plain": round(max(a["memory_mb"][-1] / b["memory_mb"][-1] for a, b in pairs), 2),
                      "s a step": spread([run["step_s"] for run in seen]),
                      "of plain's": spread([a["step_s"] / b["step_s"] for a, b in pairs]),
-                     "loss - plain's": "" if name == "plain" else [round(value, 6) for value in change]})
+                     "loss - plain's": change})
     about = (f"stage 2, batch {args.batch_size}, {args.image_size} px, {args.precision}, {args.steps} steps, runs of each: {args.repeats}, in "
              "turns; median [lowest, highest]")
     write_results(f"memory-{'sd15' if args.sd15 else 'tiny'}-{args.image_size}-{args.batch_size}", "memory.py", argv, about, rows)

@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     from tqdm import tqdm
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
-        world, n = place / "world", max(64, args.batch_size * 4)
+        world, n = place / "world", max(16, args.batch_size * 4)
         call("prepare_data.py", "world", "--out", world, "--train", n, "--val", 2, "--test", 2)
         rows = [json.loads(line) for line in (world / "metadata.jsonl").read_text().splitlines()]
         pictures = place / "pictures"  # the same training pictures as Hugging Face's imagefolder

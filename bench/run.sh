@@ -32,4 +32,4 @@ sd15="--sd15 --models $work/sd15"
 "$PYTHON" bench/memory.py --batch-size 8 --steps 40
 "$PYTHON" bench/memory.py $sd15 --image-size 512 --batch-size 1 --steps 3 --only plain "bf16, checkpointing down" \
     "bf16, checkpointing all, batch x 2" "nf4, 8-bit, checkpointing all"
-"$PYTHON" bench/generation.py --clips 100
+"$PYTHON" bench/generation.py
