@@ -622,15 +622,12 @@ def log_step(log: runs.Logger, bar, cfg, progress, loss: Tensor, grad_norm: Tens
 
 # --- the machine ------------------------------------------------------------------------------------------------------
 
-def pick_device(device: str, precision: str, frozen_dtype: str = "fp32"):
+def pick_device(device: str, precision: str):
     """Return (torch.device, autocast): autocast() is a context in bfloat16, or one that does nothing for fp32.
 
     Raises:
-        UserError: CUDA was asked for and is not there, it has no BF16, or a UNet in fewer bits is to run without autocast.
+        UserError: CUDA was asked for and is not there, or it has no BF16.
     """
-    if frozen_dtype != "fp32" and precision == "fp32":
-        raise UserError(f"--frozen-dtype {frozen_dtype} needs --precision bf16: a UNet held in fewer bits cannot compute in "
-                        "float32")
     cuda = torch.cuda.is_available()
     if device == "cuda" and not cuda:
         raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu or auto")

@@ -162,7 +162,8 @@ def parse_config(parser: argparse.ArgumentParser, section: str, argv: list[str] 
     """Merge default < JSON < flag. The result's `origin` says where each value that is not a default came from.
 
     Raises:
-        UserError: an unknown key (with the nearest match), a wrong type, a value out of range, a bad flag.
+        UserError: an unknown key (with the nearest match), a wrong type, a value out of range, a bad flag, a UNet in
+            fewer bits that is to run without autocast.
     """
     argv = sys.argv[1:] if argv is None else argv
     actions = {a.dest: a for a in parser._actions if a.option_strings and a.dest not in ("help", "config")}
@@ -189,6 +190,8 @@ def parse_config(parser: argparse.ArgumentParser, section: str, argv: list[str] 
                 if args.origin.get(key) != "flag":
                     setattr(args, key, value)
                     args.origin[key] = f"{args.config} [{name}]"
+    if getattr(args, "frozen_dtype", "fp32") != "fp32" and args.precision == "fp32":
+        raise UserError(f"--frozen-dtype {args.frozen_dtype} needs --precision bf16: a UNet held in fewer bits cannot compute in float32")
     return args
 
 

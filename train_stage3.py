@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         return unet(noisy_latents, timesteps, (text_tokens, audio_tokens)).sample
 
     # device, models on disk, output folder under its lock, features
-    device, autocast = common.pick_device(cfg.device, cfg.precision, cfg.frozen_dtype)
+    device, autocast = common.pick_device(cfg.device, cfg.precision)
     base = common.resolve_model(cfg.base_model, "base model", common.BASE_PARTS)
     clap = common.resolve_model(cfg.clap_model, "CLAP model")
     fingerprints = common.fingerprints(base, clap)

@@ -4,8 +4,8 @@
     python bench/memory.py --sd15 --image-size 128 --batch-size 2 --steps 4 --repeats 1
 
 Each setting is the real train_stage2.py in a process of its own, in turns, with the same seed, steps and data. Memory is the
-peak when the last step is done (on CUDA what was reserved, on a CPU the process's resident set, Python and torch included),
-before the export. The validation loss is that of the last weights; its difference from plain's is paired by clip, with
+peak of the steps after the first one (on CUDA what was reserved by the last one, on a CPU the process's resident set, Python
+and torch included), without loading and export. The validation loss is that of the last weights; its difference from plain's is paired by clip, with
 a 95 % interval. `batch x 2` shows what the saved memory buys.
 """
 

@@ -7,7 +7,7 @@
 Each is a process of its own, in turns, on the same UNet, LoRA, pictures, batch and resolution: ours with its features
 cached (train_stage2.py), the loop (peer_loop.py: VAE, text encoder and CLAP in every step), and the published script,
 which has no sound. Seconds a step are the median between optimizer steps; the first step's time is from the start of the
-process; memory is the peak by the last step.
+process; memory is the peak of the steps after the first one.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def write_config(path: Path, world: Path, run: Path, cache: Path, **common) -> P
     """The default's config, with everything small: a few steps, a few clips, log lines at every step."""
     path.write_text(json.dumps({
         "common": {"run": str(run), "data_root": str(world), "cache_dir": str(cache), "base_model": str(BASE),
-                   "clap_model": str(CLAP), "image_size": 64, "batch_size": 4, "val_draws": 1, "samples": 1,
+                   "clap_model": str(CLAP), "image_size": 64, "batch_size": 4, "precision": "fp32", "val_draws": 1, "samples": 1,
                    "save_every": 3, "log_every": 1, "keep": 3, **common},
         "stage1": {"steps": 10, "learning_rate": 1e-3, "warmup_steps": 2, "validate_every": 5},
         "stage2": {"steps": 10, "learning_rate": 1e-3, "validate_every": 5, "ema_decay": 0.9},

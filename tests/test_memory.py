@@ -91,7 +91,7 @@ def test_four_bit_weights_are_the_plain_ones_rounded_to_qloras_sixteen_levels():
 def test_settings_that_save_memory_work_together_and_resume_bit_for_bit(config, run, tmp_path):
     """A stage 2 with all of them, unbroken; then from its middle checkpoint, in the same folder, again."""
     flags = ["--config", config, "--steps", 4, "--save-every", 2, "--validate-every", 4, "--samples", 0, "--workers", 0,
-             "--init-from", run / "stage1", "--frozen-dtype", "nf4", "--checkpointing", "all", "--adam-8bit", "--ema-decay", 0.5,
+             "--init-from", run / "stage1", "--precision", "bf16", "--frozen-dtype", "nf4", "--checkpointing", "all", "--adam-8bit", "--ema-decay", 0.5,
              "--ema-on-cpu", "--channels-last", "--accumulation", 2, "--run", tmp_path]
     ok(script("train_stage2.py", *flags))
     folder = tmp_path / "stage2"

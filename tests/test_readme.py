@@ -31,6 +31,8 @@ def copy(tmp_path_factory) -> Path:
         config = json.loads(path.read_text())
         config["common"] |= {"base_model": "assets/tiny/base", "clap_model": "assets/tiny/clap", "image_size": 64,
                              "batch_size": 4, "val_draws": 1, "val_clips": 8, "samples": 1, "max_bad_share": 0.1}
+        if "frozen_dtype" not in config["common"]:
+            config["common"]["precision"] = "fp32"  # BF16 without hardware for it takes three times as long
         config |= SMALL
         config.pop("evaluate", None)
         if path.name == "tiny.json":

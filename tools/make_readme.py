@@ -28,8 +28,7 @@ BLOCKS = {"stages": ("runs/tiny/report.md", "| after", "| tanh(gate)"),
           "tuxpaint": ("runs/tuxpaint/report.md", "| after", "| tanh(gate)"),
           "small-models": ("assets/tiny/report.md", "| what", ""), "ablations": ("ablations/results.md", "", ""),
           **{f"bench-{name}": (f"bench/results/{name}-CPU.md", "", "") for name in (
-              "step-tiny", "step-sd15", "peer-tiny", "peer-sd15", "cache-build-tiny", "cache-rows", "startup-tiny", "memory-sd15-512-1", "memory-tiny-64-8",
-              "generation-tiny", "few-steps")}}
+              "step-tiny", "step-sd15", "peer-sd15", "cache-build-tiny", "cache-rows", "startup-tiny", "generation-tiny", "few-steps")}}
 
 PICTURES = {"samples.png": "runs/tiny/samples.png", "sweep.png": "runs/tiny/stage3/sweep.png",
             "tuxpaint.png": "runs/tuxpaint/samples.png"}
