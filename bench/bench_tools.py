@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -106,7 +107,7 @@ def write_results(name: str, script: str, argv: list[str] | None, about: str, ro
     """Write results/NAME-DEVICE.json and .md, a table with the command above it, and print the latter."""
     import torch
     machine = device_name(device)
-    command = " ".join(["python", f"bench/{script}", *(sys.argv[1:] if argv is None else argv)])
+    command = shlex.join(["python", f"bench/{script}", *(sys.argv[1:] if argv is None else argv)])
     path = Path(os.environ.get("BENCH_RESULTS", HERE / "results")) / f"{name}-{machine.split(',')[0].replace(' ', '-')}"
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [f"`{command}`: {machine}, torch {torch.__version__}; {about}", "", f"| {' | '.join(rows[0])} |",

@@ -77,17 +77,15 @@ def main(argv: list[str] | None = None) -> None:
             for name, precision in tqdm(found, desc=f"turn {turn + 1} of {args.repeats}", unit="run"):
                 found[name, precision].append(watched(place / "seen.json", *contestant(name, precision, turn), steps=args.steps))
 
-    def against(seen: list[dict], precision: str) -> object:
+    def against(seen: list[dict], precision: str) -> list[float]:
         """[median, lowest, highest] of how many times our steps a second are theirs."""
-        if ("ours", precision) not in found:
-            return ""
         return spread([theirs["step_s"] / own["step_s"] for theirs, own in zip(seen, found["ours", precision], strict=True)])
 
     rows = []
     for (name, precision), seen in found.items():
         rows.append({"what": f"{'train_text_to_image_lora.py' if name == 'published' else name}, {precision}",
-                     "s a step": spread([run["step_s"] for run in seen]), "ours in fp32 is faster by": against(seen, "fp32"),
-                     "ours in bf16 is faster by": against(seen, "bf16"),
+                     "s a step": spread([run["step_s"] for run in seen]),
+                     **{f"ours in {one} is faster by": against(seen, one) for one in args.precisions},
                      "peak memory, MB": round(max(run["memory_mb"][-1] for run in seen)),
                      "first step done after, s": spread([run["steps"][0] for run in seen])})
     about = (f"batch {args.batch_size}, {args.image_size} px, LoRA rank 8, {args.steps} steps, {args.repeats} turns; median [lowest, highest]")
