@@ -6,8 +6,6 @@ Shapes: B samples, N audio tokens, D width of the UNet's cross-attention (768 fo
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 import resource
@@ -26,81 +24,6 @@ from metrics import interval
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.bfloat16}  # nf4: what is not held in 4 bits
 VALIDATED = ("val_right", "val_silence", "val_other", "silence_minus_right", "other_minus_right")
-BASE_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-
-
-# --- models on disk ---------------------------------------------------------------------------------------------------
-
-def resolve_model(name: str, what: str, parts: tuple[str, ...] = ("",)) -> Path:
-    """Return the local folder of a model given as a folder or as a hub name, downloading it only after saying so.
-
-    Raises:
-        UserError: the folder is missing or lacks a part, or the hub cannot be reached and has left no copy here.
-    """
-    patterns = [f"{part}/*" if part else "*" for part in parts] + ["model_index.json"]
-    skip = [*([] if parts == ("",) else ["*.bin"]), "*.ckpt", "*.msgpack", "*.h5", "*.onnx", "*fp16*", "*non_ema*"]
-    folder = Path(name)
-    if not folder.exists() and name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        import huggingface_hub  # only a hub name needs it
-        download = {"allow_patterns": patterns, "ignore_patterns": skip}
-        try:
-            folder = Path(huggingface_hub.snapshot_download(name, local_files_only=True, **download))
-        except Exception as error:
-            if not isinstance(error, (OSError, ValueError)):  # huggingface_hub's "not in the cache" errors are these
-                raise
-        if not all((folder / part / f).exists() for part in parts for f in _needed(part)):
-            try:
-                huggingface_hub.HfApi().model_info(name, timeout=4)
-                print(f"downloading {what} {name} from the Hugging Face hub", flush=True)
-                folder = Path(huggingface_hub.snapshot_download(name, **download))
-            except Exception as error:  # every kind of network failure of the hub's client ends in the same sentence
-                raise UserError(f"{what} {name!r} is neither a folder here nor in the local model cache, and the hub "
-                                f"gave no copy ({type(error).__name__}); give a local folder or go online") from None
-    for part in parts:
-        for needed in _needed(part):
-            if not (folder / part / needed).exists():
-                raise UserError(f"{what} {name!r}: {folder / part / needed} is missing; expected a folder as "
-                                "from_pretrained loads it, or a hub name OWNER/NAME")
-        if part not in ("tokenizer", "scheduler") and not _weights(folder / part):
-            raise UserError(f"{what} {name!r}: {folder / part} holds no weights (*.safetensors or *.bin); expected a "
-                            "folder as from_pretrained loads it")
-    return folder
-
-
-def _needed(part: str) -> tuple[str, ...]:
-    return {"tokenizer": ("tokenizer_config.json",), "scheduler": ("scheduler_config.json",)}.get(part, ("config.json",))
-
-
-def _weights(folder: Path) -> list[Path]:
-    """The weight files that from_pretrained would load: safetensors before bin, no variants."""
-    kinds = ([p for p in sorted(folder.glob(kind)) if not any(v in p.name for v in ("fp16", "non_ema"))]
-             for kind in ("*.safetensors", "*.bin"))
-    return next((files for files in kinds if files), [])
-
-
-def fingerprint(model_dir: Path) -> str:
-    """A 16-digit name of a model folder's content: configs whole, weights by header and 32 blocks of 4 KiB.
-
-    Sampling makes 4 GB as quick as 4 MB; another training run changes every block.
-    """
-    digest = hashlib.sha256()
-    for path in [*sorted(p for p in Path(model_dir).iterdir() if p.suffix in (".json", ".txt")), *_weights(model_dir)]:
-        size = path.stat().st_size
-        if path.suffix == ".json":
-            content = {k: v for k, v in json.loads(path.read_text("utf-8")).items() if not k.startswith("_")}
-            digest.update(json.dumps(content, sort_keys=True).encode())
-            continue
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            for offset in np.linspace(0, max(0, size - 4096), 33, dtype=np.int64):
-                file.seek(int(offset))
-                digest.update(file.read(4096))
-    return digest.hexdigest()[:16]
-
-
-def fingerprints(base: Path, clap: Path) -> dict[str, str]:
-    """Which models an adapter belongs to: the UNet it was trained in and the CLAP whose embeddings it reads."""
-    return {"unet": fingerprint(base / "unet"), "clap": fingerprint(clap)}
 
 
 class LogMel:

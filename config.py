@@ -19,6 +19,8 @@ import math
 import os
 import signal
 import sys
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 SECTIONS = ("common", "stage1", "stage2", "stage3")
@@ -119,7 +121,7 @@ def read_json(path: str | Path) -> dict:
         raise UserError(f"{path}: is not UTF-8 text; expected a JSON file") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: line {error.lineno}: not valid JSON ({error.msg})") from None
-    except (UserError, RecursionError) as error:
+    except (UserError, RecursionError, ValueError) as error:  # nested too deeply; a number of thousands of digits
         raise UserError(f"{path}: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: got a JSON {type(value).__name__}, expected an object {{...}}")
@@ -295,19 +297,47 @@ def stop_signals() -> list[int]:
     return [signal.SIGTERM, signal.SIGINT, *hangup]
 
 
+_asked: list[tuple[int, float]] = []  # the signals that came, and when
+
+
 def _raise_stopped(signum: int, frame) -> None:
-    raise Stopped(signum)
+    """Raise Stopped, and look again until it has arrived: Python swallows what is raised inside a callback, as of a fork."""
+    if signum != signal.SIGALRM:
+        _asked.append((signum, time.monotonic()))
+    in_flight = sys.exc_info()[1]
+    while in_flight is not None and not isinstance(in_flight, Stopped):
+        in_flight = in_flight.__context__
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    if in_flight is None:
+        raise Stopped(_asked[0][0])
+    if _asked[-1][1] - _asked[0][1] > 1:  # a second one ends at once; a Ctrl-C can come twice, from the terminal and from a parent script
+        os._exit(128 + signum)
+
+
+@contextmanager
+def stops_held():
+    """A signal that comes meanwhile counts when this ends: for what a library must not be interrupted in, such as forks."""
+    came: list[int] = []
+    old = {signum: signal.signal(signum, lambda signum, frame: came.append(signum)) for signum in stop_signals()}
+    try:
+        yield
+    finally:
+        for signum, handler in old.items():
+            signal.signal(signum, handler)
+    if came:
+        os.kill(os.getpid(), came[0])
 
 
 def run_main(main) -> None:
     """Call main() and turn its end into an exit code; the last line on stderr is the one sentence of the error."""
-    for signum in stop_signals():
+    for signum in [*stop_signals(), signal.SIGALRM]:
         signal.signal(signum, _raise_stopped)
     if os.environ.get("RANK", "0") != "0":  # of torchrun's processes one speaks; all may complain
         sys.stdout = open(os.devnull, "w")
     try:
         code, message = main() or 0, ""
     except Stopped as error:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         code, message = 128 + error.signum, str(error)
     except (UserError, RunFailed) as error:
         code, message = EXIT_USER if isinstance(error, UserError) else EXIT_FAILED, f"error: {error}"

@@ -252,10 +252,13 @@ def open_audio(path: Path) -> sf.SoundFile:
     return sound
 
 
-def decode_audio(path: str | Path, sampling_rate: int, window_s: float, windows: int = 1,
-                 start_s: float = 0.0) -> tuple[list[np.ndarray], list[str]]:
-    """load_waveform() from start_s seconds on, with the clip's flags: "silent", "cancelled by the mono mix"."""
-    with open_audio(Path(path)) as sound:
+def read_windows(path: Path, window_s: float, windows: int = 1, start_s: float = 0.0) -> tuple[list[np.ndarray], int]:
+    """(`windows` stretches of the file, each (samples, channels) as the file holds them, and its rate in Hz).
+
+    Raises:
+        BadFile: the reason why the file cannot be used.
+    """
+    with open_audio(path) as sound:
         rate, total = sound.samplerate, sound.frames
         length = min(total, round(window_s * rate))
         # float64 files are read as such: 1e300 would become infinite in float32.
@@ -269,13 +272,19 @@ def decode_audio(path: str | Path, sampling_rate: int, window_s: float, windows:
             first, last = min(round(start_s * rate), total - length), total - length
             for start in np.linspace(first, last, windows).round().astype(int):
                 sound.seek(start)
-                blocks.append(sound.read(length, dtype=dtype, always_2d=True))  # (samples, channels)
+                blocks.append(sound.read(length, dtype=dtype, always_2d=True))
                 if len(blocks[-1]) < length * (0.98 if sound.format == "MPEG" else 1):
                     raise BadFile(f"truncated: {len(blocks[-1])} of {length} samples can be read")
         except RuntimeError as error:
             raise BadFile(f"truncated or damaged: it stops within its {total} samples ({error})") from None
     if not all(np.isfinite(block).all() for block in blocks):
         raise BadFile("holds NaN or infinite samples")
+    return blocks, rate
+
+
+def to_mono(blocks: list[np.ndarray]) -> tuple[list[np.ndarray], list[str]]:
+    """Windows of (samples, channels) -> their channels' means (samples,), scaled to a peak of at most 1, and their flags:
+    "silent", "cancelled by the mono mix"."""
     peak = max(float(np.abs(block).max()) for block in blocks)
     # Scaled before the mean, which could overflow; all windows alike, so that they stay in proportion.
     monos = [(block / max(peak, 1.0)).mean(axis=1) for block in blocks]
@@ -284,6 +293,14 @@ def decode_audio(path: str | Path, sampling_rate: int, window_s: float, windows:
         flags.append("silent")
     elif max(np.abs(mono).max() for mono in monos) < CANCELLED_SHARE * min(peak, 1.0):
         flags.append("cancelled by the mono mix")
+    return monos, flags
+
+
+def decode_audio(path: str | Path, sampling_rate: int, window_s: float, windows: int = 1,
+                 start_s: float = 0.0) -> tuple[list[np.ndarray], list[str]]:
+    """load_waveform() from start_s seconds on, with the clip's flags (to_mono)."""
+    blocks, rate = read_windows(Path(path), window_s, windows, start_s)
+    monos, flags = to_mono(blocks)
     limit = round(window_s * sampling_rate)  # the CLAP extractor crops what is longer at random
     return [soxr.resample(mono.astype(np.float32), rate, sampling_rate)[:limit] for mono in monos], flags
 

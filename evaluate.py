@@ -212,10 +212,11 @@ class Subject:
 
         import common
         import generate
+        import pretrained
         import stock
         args = self.args
         device, _ = common.pick_device(args.device, args.precision)
-        base = common.resolve_model(args.base_model or self.facts["base_model"], "base model", common.BASE_PARTS)
+        base = pretrained.resolve_model(args.base_model or self.facts["base_model"], "base model", pretrained.BASE_PARTS)
         self.encoder = generate.load_clap(args.clap_model, self.facts, self.adapter_path)
         self.audio_embeds = torch.cat([generate.embed(self.encoder, str(row.audio_path)) for row in tqdm(
             clips.rows, desc=f"{self.run}: sounds", unit="clip", leave=False)])  # (n, E)

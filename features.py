@@ -29,7 +29,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 import parallel
-from config import RunFailed, UserError, write_atomic
+import pretrained
+from config import RunFailed, UserError, stops_held, write_atomic
 from data import BadFile, BadRow, Log, Row, decode_audio, load_image, open_audio, open_image, read_manifest
 
 CACHE_FORMAT = 3
@@ -50,8 +51,10 @@ def _start_worker(_: int) -> None:
 
 class _Loader(DataLoader):
     def __iter__(self):
+        with stops_held():  # half an iterator complains when it is thrown away
+            batches = super().__iter__()
         try:
-            yield from super().__iter__()
+            yield from batches
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
@@ -96,9 +99,9 @@ def _read_shard(path: Path, key: str) -> dict | None:
         with safe_open(path, "pt") as shard:  # checks the header against the file's size
             record = json.loads((shard.metadata() or {}).get("record", "{}"))
             sizes = {shard.get_slice(name).get_shape()[0] for name in shard.keys()}
-    except (OSError, SafetensorError, ValueError):
+    except (OSError, SafetensorError, ValueError, RecursionError):
         return None
-    return record if record.get("key") == f"{key}/{path.stem}" and sizes <= {record.get("count")} else None
+    return record if isinstance(record, dict) and record.get("key") == f"{key}/{path.stem}" and sizes <= {record.get("count")} else None
 
 
 @functools.lru_cache(maxsize=1)  # of 200,000 rows it takes a second and 100 MB
@@ -111,20 +114,19 @@ def _read_index(folder: Path, key: str) -> dict | None:
     try:
         index = _load_index(folder / "index.json", (folder / "index.json").stat().st_mtime_ns)
         whole = index["key"] == key and all((folder / n).stat().st_size == s for n, s in index["files"].items())
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return index if whole else None
 
 
 def _fingerprints(base_model: Path, clap_model: Path) -> dict[str, str]:
-    import common
     folders = {name: Path(base_model) / name for name in ("vae", "text_encoder", "tokenizer")}
     folders["clap"] = Path(clap_model)
     found = {}
     for name, folder in folders.items():
         if not folder.is_dir():
             raise UserError(f"{folder}: no such model folder; give one that holds a {name}")
-        found[name] = common.fingerprint(folder)
+        found[name] = pretrained.fingerprint(folder)
     return found
 
 

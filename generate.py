@@ -168,8 +168,9 @@ def adapter_facts(path: Path) -> dict:
     from safetensors import SafetensorError, safe_open
     try:
         with safe_open(path, framework="np") as file:
-            return json.loads((file.metadata() or {})["clap2diffusion"])
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+            facts = json.loads((file.metadata() or {})["clap2diffusion"])
+            return {**facts, "fingerprints": {**facts["fingerprints"]}, "dims": {**facts["dims"]}}
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: not an adapter of ours ({type(error).__name__}); expected an adapter.safetensors that a "
                         "stage has written") from None
 
@@ -181,8 +182,9 @@ def load_clap(name: str, facts: dict, adapter_path: Path):
         UserError: it is missing, or its fingerprint is not the adapter's.
     """
     import common
-    folder = common.resolve_model(name or facts["clap_model"], "CLAP model")
-    found, expected = common.fingerprint(folder), facts["fingerprints"]["clap"]
+    import pretrained
+    folder = pretrained.resolve_model(name or facts["clap_model"], "CLAP model")
+    found, expected = pretrained.fingerprint(folder), facts["fingerprints"]["clap"]
     if found != expected:
         raise UserError(f"{folder}: is CLAP {found}, but {adapter_path} was trained with CLAP {expected} "
                         f"({facts['clap_model']}); give that one with --clap-model")
@@ -419,20 +421,22 @@ def main(argv: list[str] | None = None) -> None:
     scale, size = audio_scale(args, facts, adapter_path), args.size or facts["image_size"]
     init_image = first_picture(args, size)
 
-    import common  # heavy imports come after every error that needs none
-    import stock
-
-    device, _ = common.pick_device(args.device, args.precision)
-    base = common.resolve_model(args.base_model or facts["base_model"], "base model", common.BASE_PARTS)
+    import pretrained
+    base = pretrained.resolve_model(args.base_model or facts["base_model"], "base model", pretrained.BASE_PARTS)
     width = read_json(base / "unet/config.json").get("cross_attention_dim")
     if width != facts["dims"]["width"]:
         raise UserError(f"{base}: its cross-attention is {width} wide, {adapter_path} expects {facts['dims']['width']}; "
                         "give a base model of the kind it was trained with")
+
+    import common  # heavy imports come after every error that needs none
+    import stock
+    device, _ = common.pick_device(args.device, args.precision)
     encoder = load_clap(args.clap_model, facts, adapter_path)
     audio_embeds, notes = sounds(args, encoder)  # (B, E)
     negative_embeds = embed(encoder, args.negative_audio) if args.negative_audio else None
     pair = None if args.guidance_text is None else (args.guidance_text, args.guidance_audio)
     pipe = stock.load_stock_pipeline(base, adapter_path, device, common.DTYPES[args.precision], args.scheduler)
+    pipe.set_progress_bar_config(desc=f"{len(audio_embeds)} pictures" if len(audio_embeds) > 1 else "picture", unit="step", leave=False)
     images, maps = draw(args, pipe, audio_embeds, [note["seed"] for note in notes], audio_scale=scale, size=size,
                         negative_embeds=negative_embeds, guidance_pair=pair, init_image=init_image,
                         strength=args.strength)

@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import normalize
 
 import common
+import pretrained
 from config import UserError, read_json
 
 
@@ -23,7 +24,7 @@ class Judge:
     """
 
     def __init__(self, name: str | Path, device: torch.device | str = "cpu", batch_size: int = 64):
-        folder = common.resolve_model(str(name), "judge")
+        folder = pretrained.resolve_model(str(name), "judge")
         kind = read_json(folder / "config.json").get("model_type")
         if kind != "siglip":
             raise UserError(f"judge {name}: is a {kind!r} model; expected a SigLIP with one picture size, such as "

@@ -2,6 +2,7 @@
 
     python prepare_data.py world --out data/world             # the built-in sound world, nothing to download
     python prepare_data.py tuxpaint --out data/tuxpaint       # real recordings and photographs of Tux Paint's stamps
+    python prepare_data.py check --data-root my_data          # every row of a folder that is unusable or suspicious
 
 A manifest has one JSON object a line: image_file_name, audio_file_name, text, label, split (train, val or test). The
 sound world adds `properties`: what was drawn, for measuring later, and labels.json: a plain caption of each label in
@@ -15,12 +16,13 @@ import hashlib
 import io
 import json
 import os
+import signal
 import threading
 import time
 from collections import Counter
 from pathlib import Path
 
-from config import Number, UserError, new_parser, read_json, run_main, write_atomic, write_json
+from config import Number, RunFailed, UserError, new_parser, read_json, run_main, write_atomic, write_json
 
 SPLITS = ("train", "val", "test")
 # Speech under the name of a plain sound: the letters' names, and Armstrong's words (the package's changelog).
@@ -42,6 +44,12 @@ def build_parser() -> argparse.ArgumentParser:
     tux.add_argument("--out", default="data/tuxpaint", help="folder to write")
     tux.add_argument("--stamps", default="/usr/share/tuxpaint/stamps", help="where the package lies")
     tux.add_argument("--size", type=Number(int, 16, 4096), default=512, help="side in pixels of a rendered SVG")
+    check = commands.add_parser("check", help="list what is unusable or suspicious in a data folder; changes nothing", allow_abbrev=False)
+    check.add_argument("--data-root", default="data/world", help="folder with metadata.jsonl")
+    check.add_argument("--max-bad-share", type=Number(float, 0, 1), default=0.01, help="share of unusable rows above which the exit code is 2")
+    check.add_argument("--max-suspicious-share", type=Number(float, 0, 1), default=1.0, help="the same for suspicious ones")
+    check.add_argument("--show", type=Number(int, 0), default=20, help="rows listed of each kind (0 = all)")
+    check.add_argument("--workers", type=Number(int, 1, 64), default=2, help="processes")
     return parser
 
 
@@ -106,13 +114,36 @@ def plan_labels(split: str, n: int) -> list[tuple[str, ...]]:
     return plan
 
 
-def end_with_parent(parent: int) -> None:
-    """A worker waits for its next job for ever when its parent is killed with -9: leave as soon as it is gone."""
+def start_worker(parent: int) -> None:
+    """A worker waits for its next job for ever when its parent is killed with -9: leave as soon as it is gone. Signals are
+    the parent's: Ctrl-C and a closed terminal reach the whole process group."""
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
+
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
+
+
+def in_processes(function, jobs: list, workers: int, what: str, unit: str) -> list:
+    """[function(job) for job in jobs] by several processes, with a bar; a signal drops the jobs that have not begun.
+
+    Raises:
+        RunFailed: one of the processes was killed.
+    """
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+
+    from tqdm import tqdm
+    pool = ProcessPoolExecutor(workers, initializer=start_worker, initargs=(os.getpid(),))
+    try:
+        return list(tqdm(pool.map(function, jobs, chunksize=8), total=len(jobs), desc=what, unit=unit))
+    except BrokenProcessPool:
+        raise RunFailed(f"{what}: a process of it was killed, perhaps for want of memory; run the same command again, with fewer --workers") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def make_example(job: tuple[Path, int, int, int, tuple[str, ...]]) -> dict:
@@ -142,16 +173,11 @@ def make_world(args: argparse.Namespace) -> None:
                                      **{split: getattr(args, split) for split in SPLITS}}
     if already_made(out, settings):
         return
-    from concurrent.futures import ProcessPoolExecutor
-
-    from tqdm import tqdm
-
     import sound_world
     began = time.time()
     jobs = [(out, args.seed, index, i, labels) for index, split in enumerate(SPLITS)
             for i, labels in enumerate(plan_labels(split, getattr(args, split)))]
-    with ProcessPoolExecutor(args.workers, initializer=end_with_parent, initargs=(os.getpid(),)) as pool:
-        rows = list(tqdm(pool.map(make_example, jobs, chunksize=8), total=len(jobs), desc="sound world", unit="example"))
+    rows = in_processes(make_example, jobs, args.workers, "sound world", "example")
     write_json(out / "labels.json", {label: {language: sound_world.class_caption((label,), language)
                                              for language in ("en", "ko")} for label in sound_world.CLASSES})
     finish(out, rows, settings)
@@ -246,9 +272,127 @@ def make_tuxpaint(args: argparse.Namespace) -> None:
           + "). The stamps are under the GPL-2: see the package's copyright file.", flush=True)
 
 
+# --- looking a data folder over -----------------------------------------------------------------------------------------
+
+SMALL_SIDE, LONG_SHAPE, SHORT_CLIP_S, CLIPPED_SHARE = 64, 3, 1.0, 5e-3
+
+
+def look_at(job: tuple[str, Path]) -> tuple[str, list[tuple[str, str]]]:
+    """("sound" or "picture", path) -> (why it cannot be used or "", [(what is suspicious, the detail)]).
+
+    Of a sound ten seconds are decoded; a picture is decoded whole, as training does.
+    """
+    import re
+
+    import numpy as np
+
+    import data
+    kind, path = job
+    try:
+        if kind == "picture":
+            with data.open_image(path) as image:
+                (width, height), found = image.size, []
+            data.load_image(path, 64)
+            if min(width, height) < SMALL_SIDE:
+                found.append(("tiny picture", f"{width}x{height} pixels, a side under {SMALL_SIDE}"))
+            if max(width, height) > LONG_SHAPE * min(width, height):
+                found.append(("extreme picture", f"{width}x{height} pixels, more than {LONG_SHAPE}:1; the middle square is all that is used"))
+            return "", found
+        with data.open_audio(path) as sound:
+            seconds, rates = sound.frames / sound.samplerate, re.search(r"Bytes/sec +: (\d+) \(should be (\d+)\)", sound.extra_info)
+        blocks, rate = data.read_windows(path, 10.0)
+    except data.BadFile as error:
+        return str(error), []
+    found = [(flag, "its features are those of silence") for flag in data.to_mono(blocks)[1]]
+    peak = float(np.abs(blocks[0]).max())
+    inner = blocks[0][1:-1]
+    flat = (np.abs(inner) >= 0.98 * peak) & (inner == blocks[0][:-2]) & (inner == blocks[0][2:])  # the top of a loud sine is round
+    if peak >= 0.98 and flat.mean() > CLIPPED_SHARE:
+        found.append(("clipped", f"{flat.mean():.1%} of its samples stand at full scale with their neighbours"))
+    if seconds < SHORT_CLIP_S:
+        found.append(("shorter than a second", f"{seconds:.2f} s"))
+    if rates:
+        found.append(("wrong rate claimed", f"its header says {rate} Hz and {rates[1]} bytes a second, which are {rates[2]}"))
+    return "", found
+
+
+def same_content(paths: list[Path]) -> dict[Path, Path]:
+    """Path -> the first of the paths with the same bytes, where that is another one. Only files of one size are read."""
+    by_size: dict[int, list[Path]] = {}
+    for path in paths:
+        if path.is_file():
+            by_size.setdefault(path.stat().st_size, []).append(path)
+    first, again = {}, {}
+    for path in (path for same in by_size.values() if len(same) > 1 for path in same):
+        with path.open("rb") as file:
+            earlier = first.setdefault(hashlib.file_digest(file, "sha256").digest(), path)
+        if earlier != path:
+            again[path] = earlier
+    return again
+
+
+def names_label(text: str, label: str) -> bool:
+    """Whether a caption says its label (of `dog_barking+rain` one of the two) in so many words."""
+    def words(what: str) -> str:
+        return f" {' '.join(''.join(c if c.isalnum() else ' ' for c in what.casefold()).split())} "
+    return any(words(part).strip() and words(part) in words(text) for part in label.split("+"))
+
+
+def check_data(args: argparse.Namespace) -> None:
+    """List a data folder's unusable and suspicious rows by kind.
+
+    Raises:
+        UserError: there is no manifest, or more rows than the limits are unusable or suspicious.
+    """
+    from data import Row, read_manifest
+    rows, bad = read_manifest(args.data_root, print)
+    found: dict[str, list[str]] = {"unusable": [str(row) for row in bad]}
+    files = list(dict.fromkeys([("sound", row.audio_path) for row in rows] + [("picture", row.image_path) for row in rows]))
+    seen = dict(zip(files, in_processes(look_at, files, args.workers, "checking", "file")))
+    again = {kind: same_content([path for one, path in files if one == kind]) for kind in ("sound", "picture")}
+    splits: dict[Path, Row] = {}
+    suspicious = set()
+    for row in rows:
+        kinds = []
+        for kind, path in (("picture", row.image_path), ("sound", row.audio_path)):
+            reason, more = seen[kind, path]
+            if reason:
+                found["unusable"].append(f"{row.where}: {kind} {path.name}: {reason}")
+                break
+            kinds += [(what, f"{kind} {path.name}: {detail}") for what, detail in more]
+            earlier = again[kind].get(path)
+            other = splits.setdefault(earlier or path, row)
+            if other.split != row.split:
+                kinds.append((f"{kind} in two splits", f"{path.name} is in {row.split} here and in {other.split} at {other.where}"))
+            elif earlier:
+                kinds.append((f"{kind} twice", f"{path.name} has the content of {earlier.name}"))
+        else:
+            if not row.text.strip():
+                kinds.append(("empty caption", "the row has no words"))
+            elif row.label and names_label(row.text, row.label):
+                kinds.append(("caption names the label", f"{row.text[:60]!r} says {row.label!r}"))
+            suspicious |= {row.where} if kinds else set()
+            for what, detail in kinds:
+                found.setdefault(what, []).append(f"{row.where}: {detail}")
+    for what, lines in found.items():
+        print(f"{what}: {len(lines)}")
+        shown = lines[:args.show or None]
+        print("".join(f"  {line}\n" for line in shown), end="")
+        if len(lines) > len(shown):
+            print(f"  ... and {len(lines) - len(shown)} more (--show 0 lists all)")
+    total, counts = len(rows) + len(bad), Counter(row.split for row in rows)
+    summary = (f"{args.data_root}: {total} rows ({', '.join(f'{counts[split]} {split}' for split in SPLITS)}), "
+               f"{len(found['unusable'])} unusable, {len(suspicious)} suspicious")
+    for n, limit, flag in ((len(found["unusable"]), args.max_bad_share, "--max-bad-share"),
+                           (len(suspicious), args.max_suspicious_share, "--max-suspicious-share")):
+        if n > limit * total:
+            raise UserError(f"{summary}; mend or remove what is listed above, or raise {flag} {limit:g}")
+    print(summary, flush=True)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    {"world": make_world, "tuxpaint": make_tuxpaint}[args.command](args)
+    {"world": make_world, "tuxpaint": make_tuxpaint, "check": check_data}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -76,11 +76,12 @@ def make_sheet(run: Path, settings: dict, args: argparse.Namespace):
     import common
     import data
     import generate
+    import pretrained
     import stock
 
     device, _ = common.pick_device(args.device, "fp32")
     rows = pick_rows(data.read_manifest(settings["data_root"])[0], args.columns)
-    base = common.resolve_model(settings["base_model"], "base model", common.BASE_PARTS)
+    base = pretrained.resolve_model(settings["base_model"], "base model", pretrained.BASE_PARTS)
     adapter_paths = [generate.find_adapter(str(run / stage)) for stage in STAGES]
     encoder = generate.load_clap("", generate.adapter_facts(adapter_paths[-1]), adapter_paths[-1])
     waveforms = [data.load_waveform(row.audio_path, encoder.sampling_rate, encoder.window_s)[0] for row in rows]

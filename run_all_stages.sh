@@ -33,27 +33,22 @@ if [ ! -f "$config" ]; then
     exit 2
 fi
 
-child=
 stop() {  # hand the signal on, wait until the stage has saved, leave with its exit code
     local code=0
-    if [ -n "$child" ]; then
-        kill -s "$1" "$child" 2>/dev/null || true
+    if [ -n "${child-}" ]; then
+        kill -s "${hand_on:-$1}" "$child" 2>/dev/null || true
         wait "$child" || code=$?
         if kill -0 "$child" 2>/dev/null; then wait "$child" || code=$?; fi
     fi
-    exit "$([ "$code" -gt 0 ] && echo "$code" || echo "$2")"
+    exit "$([ -z "${hand_on-}" ] && [ "$code" -gt 0 ] && echo "$code" || echo "$2")"
 }
 trap 'stop TERM 143' TERM
 trap 'stop INT 130' INT
 trap 'stop HUP 129' HUP
-run() {  # in the background, since bash only runs a trap between foreground commands
-    "$@" &
-    child=$!
-    wait "$child"
-    child=
-}
 
+hand_on=TERM  # pip in the background ignores SIGINT
 . ./setup_env.sh
+hand_on=
 
 # every mistake in config or flags shows now, not hours later
 plan=$("$PYTHON" config.py plan "$config" "$@")

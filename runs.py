@@ -21,9 +21,11 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 import parallel
-from config import RunFailed, Stopped, UserError, stop_signals, write_atomic, write_json
+from config import RunFailed, Stopped, UserError, read_json, stop_signals, write_atomic, write_json
 
 FORMAT = 1
+MODULES = ("audio_proj", "audio_attn", "lora")
+HEADER = {"stage": str, "step": int, "settings": dict, "fingerprints": dict, "dims": dict, "init": str, "objects": dict}
 
 
 def _flatten(value, name: str, tensors: dict[str, Tensor]):
@@ -100,7 +102,7 @@ def read_checkpoint(path: Path) -> tuple[dict, dict[str, Tensor]]:
         recorded = header.pop("sha256")
     except FileNotFoundError:
         raise Broken(f"{path}: does not exist; expected a checkpoint that a stage has written") from None
-    except (SafetensorError, KeyError, ValueError, AttributeError) as error:
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise Broken(f"{path}: not a checkpoint of ours ({type(error).__name__}: {error}); expected an unbroken "
                      "safetensors file that a stage has written") from None
     except OSError as error:
@@ -109,6 +111,9 @@ def read_checkpoint(path: Path) -> tuple[dict, dict[str, Tensor]]:
         raise Broken(f"{path}: its content does not match its SHA-256; the file was altered, use another checkpoint")
     if header.get("format") != FORMAT:
         raise UserError(f"{path}: format version {header.get('format')}, expected {FORMAT}; use the code that wrote it")
+    for key, kind in HEADER.items():
+        if not isinstance(header.get(key), kind):
+            raise Broken(f"{path}: its header has {header.get(key)!r:.60} as {key}, expected {kind.__name__}; use another checkpoint")
     return {**header, "sha256": recorded}, tensors
 
 
@@ -121,8 +126,14 @@ def load_objects(path: Path, header: dict, tensors: dict[str, Tensor], objects: 
     for name, part in objects.items():
         if name not in header["objects"]:
             raise UserError(f"{path}: holds {', '.join(header['objects'])}, expected {name!r} as well")
-        state = _unflatten(header["objects"][name], tensors)
-        if name in ("audio_proj", "audio_attn", "lora"):
+        try:
+            state = _unflatten(header["objects"][name], tensors)
+            if not isinstance(state, dict) or name in MODULES and not all(isinstance(value, Tensor) for value in state.values()):
+                raise TypeError("expected a dictionary, of a module one of tensors")
+        except (KeyError, ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"{path}: the header of {name} does not fit its tensors ({type(error).__name__}: {error}); use another "
+                            "checkpoint") from None
+        if name in MODULES:
             own = part.state_dict()
             for key in own.keys() | state.keys():
                 have, want = (tuple(s[key].shape) if key in s else "absent" for s in (state, own))
@@ -250,11 +261,11 @@ class RunFolder:
         """
         if not self.result.exists():
             return False
-        made = json.loads(self.result.read_text("utf-8"))
-        if init and made["init"] != init:
+        made = read_json(self.result)
+        if init and made.get("init") != init:
             raise UserError(f"{self.folder}: began from another result of the stage before than the one there now; begin "
                             "it anew with --fresh, which keeps this one in a backup folder")
-        changed = changed_settings(json.loads((self.folder / "config.json").read_text("utf-8")), settings)
+        changed = changed_settings(read_json(self.folder / "config.json"), settings)
         asked = f"; it was made with other settings than asked for now: {'; '.join(changed)}" if changed else ""
         print(f"{self.folder}: already complete{asked} (--fresh begins anew and keeps a backup)", flush=True)
         return True
@@ -389,7 +400,9 @@ class Logger:
         if not parallel.first():
             return
         self._text = (folder / "log.txt").open("a", buffering=1, encoding="utf-8")
-        self._jsonl = (folder / "log.jsonl").open("a", buffering=1, encoding="utf-8")
+        self._jsonl = (folder / "log.jsonl").open("a+", buffering=1, encoding="utf-8")
+        if self._jsonl.tell() and not (folder / "log.jsonl").read_bytes().endswith(b"\n"):
+            self._jsonl.write("\n")  # a full disk cut the last line: the next one shall not be lost with it
         place = Path(log_dir) / folder.parent.name / folder.name if log_dir else folder / "tensorboard"
         self._board = SummaryWriter(place, purge_step=purge_step)
 

@@ -34,17 +34,25 @@ find_python() {
     exit 2
 }
 
+child=
+run() {  # in the background, since bash only runs a trap between foreground commands
+    "$@" &
+    child=$!
+    wait "$child"
+    child=
+}
+
 make_venv() {
     echo "setting up .venv with requirements.txt (once)"
-    "$1" -m venv .venv
+    run "$1" -m venv .venv
     PYTHON=.venv/bin/python
     local torch="torch==2.13.0"  # the version everything was run with; requirements.txt accepts newer ones
     if ! nvidia-smi >/dev/null 2>&1; then  # the CPU build is ten times smaller; without it, whatever pip finds
-        "$PYTHON" -m pip install --quiet --disable-pip-version-check --timeout 10 --retries 0 "$torch" \
+        run "$PYTHON" -m pip install --quiet --disable-pip-version-check --timeout 10 --retries 0 "$torch" \
             --index-url https://download.pytorch.org/whl/cpu >/dev/null 2>&1 || true
     fi
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check "$torch"
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements.txt
+    run "$PYTHON" -m pip install --quiet --disable-pip-version-check "$torch"
+    run "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements.txt
 }
 
 find_python

@@ -164,8 +164,9 @@ def pictures(pipe, audio_embeds: Tensor, prompts: list[str], guidance: float, st
         call |= {"height": size, "width": size}
     else:
         from diffusers import StableDiffusionImg2ImgPipeline
+        bar = pipe._progress_bar_config
         pipe = StableDiffusionImg2ImgPipeline.from_pipe(pipe, dtype=pipe.unet.dtype)  # its default casts to float32
-        pipe.set_progress_bar_config(disable=True)
+        pipe.set_progress_bar_config(**bar)
         image = torch.from_numpy(init_image / 2 + 0.5)  # the pipeline expects [0, 1]
         call |= {"image": image.expand(len(seeds), -1, -1, -1), "strength": strength}
     with listening(pipe.unet, audio_embeds, call["guidance_scale"] > 1, negative_embeds, guidance_pair):

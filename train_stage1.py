@@ -71,6 +71,11 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.dry_run:
         return
 
+    import pretrained  # a wrong path is told before torch is loaded
+    base = pretrained.resolve_model(cfg.base_model, "base model", pretrained.BASE_PARTS)
+    clap = pretrained.resolve_model(cfg.clap_model, "CLAP model")
+    fingerprints = pretrained.fingerprints(base, clap)
+
     import torch  # heavy imports come after every error that needs none
     from diffusers import DDPMScheduler, UNet2DConditionModel
     from tqdm import tqdm
@@ -100,11 +105,8 @@ def main(argv: list[str] | None = None) -> None:
         audio_tokens = audio_proj(audio_embeds)  # (B, N, D)
         return unet(noisy_latents, timesteps, (text_tokens, audio_tokens)).sample
 
-    # device, models on disk, output folder under its lock, features
+    # device, output folder under its lock, features
     device, autocast = common.pick_device(cfg.device, cfg.precision)
-    base = common.resolve_model(cfg.base_model, "base model", common.BASE_PARTS)
-    clap = common.resolve_model(cfg.clap_model, "CLAP model")
-    fingerprints = common.fingerprints(base, clap)
     folder = runs.RunFolder(Path(cfg.run) / cfg.name, cfg.fresh)
     if folder.is_complete(settings(cfg)):
         return

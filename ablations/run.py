@@ -128,10 +128,11 @@ class Appended:
 
         import common
         import generate
+        import pretrained
         import runs
         header, tensors = runs.read_checkpoint(folder / "final.safetensors")
-        base = common.resolve_model(header["base_model"], "base model", common.BASE_PARTS)
-        encoder = common.CLAPAudioEncoder(common.resolve_model(header["clap_model"], "CLAP model"))
+        base = pretrained.resolve_model(header["base_model"], "base model", pretrained.BASE_PARTS)
+        encoder = common.CLAPAudioEncoder(pretrained.resolve_model(header["clap_model"], "CLAP model"))
         self.audio_embeds = torch.cat([generate.embed(encoder, str(row.audio_path)) for row in clips.rows])
         self.pipe = StableDiffusionPipeline.from_pretrained(base, safety_checker=None, requires_safety_checker=False)
         self.pipe.set_progress_bar_config(disable=True)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,10 +20,70 @@ BASE, CLAP = ROOT / "assets/tiny/base", ROOT / "assets/tiny/clap"
 ENV = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(ROOT)}
 
 
-def script(name: str, *args, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    """Run one of our scripts as a user does and return what came out."""
-    return subprocess.run([sys.executable, str(ROOT / name), *map(str, args)], cwd=cwd, env=ENV, capture_output=True,
-                          text=True, timeout=600)
+@cache
+def warm() -> subprocess.Popen:
+    """A process that starts scripts with the libraries loaded (warm.py); what it starts becomes a child of this one."""
+    ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+    process = subprocess.Popen([sys.executable, str(ROOT / "tests/warm.py")], env=ENV, text=True, bufsize=1,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == "0\n"
+    return process
+
+
+class Started:
+    """One of our scripts, running in a session of its own, as a user started it."""
+
+    def __init__(self, name: str, *args, cwd: Path = ROOT, file_limit: int = 0):
+        self.args = [str(ROOT / name), *map(str, args)]
+        self.output = [tempfile.NamedTemporaryFile("r", encoding="utf-8") for _ in range(2)]
+        job = {"argv": self.args, "cwd": str(cwd), "stdout": self.output[0].name, "stderr": self.output[1].name,
+               "file_limit": file_limit}
+        warm().stdin.write(json.dumps(job) + "\n")
+        self.pid, self.returncode = int(warm().stdout.readline()), None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def send_signal(self, signum: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signum)
+
+    def said(self) -> str:
+        """All that is on stdout and stderr so far."""
+        return "".join(Path(file.name).read_text() for file in self.output)
+
+    def end(self, timeout: float = 300) -> subprocess.CompletedProcess:
+        """Wait for its end. Raises TimeoutExpired, after killing it."""
+        deadline = time.time() + timeout
+        while self.poll() is None:
+            if time.time() > deadline:
+                os.kill(self.pid, signal.SIGKILL)
+                raise subprocess.TimeoutExpired(self.args, timeout, *map(lambda file: Path(file.name).read_text(), self.output))
+            time.sleep(0.002)
+        done = subprocess.CompletedProcess(self.args, self.returncode, *(Path(file.name).read_text() for file in self.output))
+        done.pid = self.pid
+        return done
+
+
+def left_behind(session: int) -> list[str]:
+    """The processes that a script started in its session and did not end (a zombie is none)."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, of = stat.read_text().rsplit(")", 1)[1].split()[:4]
+        except (OSError, ValueError):  # it has just ended
+            continue
+        if int(of) == session and state != "Z":
+            found.append(stat.parent.name)
+    return found
+
+
+def script(name: str, *args, cwd: Path = ROOT, file_limit: int = 0) -> subprocess.CompletedProcess:
+    """Run one of our scripts as a user does and return what came out. file_limit: bytes after which the disk is full."""
+    return Started(name, *args, cwd=cwd, file_limit=file_limit).end(600)
 
 
 def ok(done: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
@@ -28,10 +91,9 @@ def ok(done: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
     return done
 
 
-def kill_at(step: int, signum: int, name: str, *args, folder: Path) -> subprocess.Popen:
+def kill_at(step: int, signum: int, name: str, *args, folder: Path) -> subprocess.CompletedProcess:
     """Start a stage and send it a signal once its log says that `step` is done; returns the ended process."""
-    process = subprocess.Popen([sys.executable, str(ROOT / name), *map(str, args)], cwd=ROOT, env=ENV,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = Started(name, *args)
     log, deadline = folder / "log.jsonl", time.time() + 300
     while time.time() < deadline and process.poll() is None:
         if log.exists() and any(json.loads(line)["step"] >= step and "loss" in line
@@ -39,8 +101,7 @@ def kill_at(step: int, signum: int, name: str, *args, folder: Path) -> subproces
             process.send_signal(signum)
             break
         time.sleep(0.005)
-    process.output = process.communicate(timeout=300)
-    return process
+    return process.end()
 
 
 @pytest.fixture(scope="session")
@@ -90,10 +151,10 @@ def interrupt_sweep(steps: list[int], signums: list[int], stage: int, config: Pa
             place = out / f"{name}-{step}-{signum}"
             command = (f"train_{name}.py", "--config", config, "--run", place, "--workers", step % 3, *before)
             process = kill_at(step, signum, *command, folder=place / name)
-            assert process.returncode == (-9 if signum == signal.SIGKILL else 128 + signum), process.output[1][-2000:]
+            assert process.returncode == (-9 if signum == signal.SIGKILL else 128 + signum), process.stderr[-2000:]
             if signum != signal.SIGKILL:
-                last = process.output[1].strip().splitlines()[-1]
-                assert "stopped by" in last and "checkpoints/step-" in last and "Traceback" not in process.output[1]
+                last = process.stderr.strip().splitlines()[-1]
+                assert "stopped by" in last and "checkpoints/step-" in last and "Traceback" not in process.stderr
             ok(script(*command))
             resumed = runs.read_checkpoint(place / name / "final.safetensors")[1]
             assert resumed.keys() == unbroken.keys()

@@ -19,6 +19,7 @@ from PIL import Image
 import attention
 import common
 import generate
+import pretrained
 import stock
 from config import UserError
 
@@ -53,7 +54,7 @@ def write_adapter(path: Path, strength: float) -> Path:
     for to_v in audio_attn.to_v:
         to_v.weight.data *= 3
     header = {"stage": "by hand", "step": 0, "base_model": str(BASE), "clap_model": str(CLAP),
-              "fingerprints": common.fingerprints(BASE, CLAP), "dims": {"width": unet.config.cross_attention_dim},
+              "fingerprints": pretrained.fingerprints(BASE, CLAP), "dims": {"width": unet.config.cross_attention_dim},
               "settings": {"image_size": 64}}
     stock.write_adapter(path, {"audio_proj": audio_proj, "audio_attn": audio_attn}, unet, header)
     return path

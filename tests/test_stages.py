@@ -108,8 +108,8 @@ def test_two_loader_processes_and_none_give_the_same_weights_and_another_seed_ot
 
 
 def test_a_copied_script_runs_under_another_name(config, run, tmp_path):
-    for name in ("train_stage2.py", "common.py", "config.py", "data.py", "features.py", "metrics.py", "parallel.py", "runs.py",
-                 "stock.py"):
+    for name in ("train_stage2.py", "common.py", "config.py", "data.py", "features.py", "metrics.py", "parallel.py",
+                 "pretrained.py", "runs.py", "stock.py"):
         shutil.copy(ROOT / name, tmp_path / ("train_ablation.py" if name == "train_stage2.py" else name))
     shutil.copytree(run / "stage1", tmp_path / "run/stage1")
     import subprocess

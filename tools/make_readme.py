@@ -4,7 +4,7 @@
     python tools/make_readme.py --check           # exit code 1 where a table differs from its source; changes nothing
 
 A block stands between `<!-- NAME -->` and `<!-- end -->`. Its source is a part of a report that a run wrote for
-itself (report.md, evaluation.md, ...); docs/world.png is drawn here.
+itself (report.md, evaluation.md, ...), that of the faults the tables of the tests; docs/world.png is drawn here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 from config import RunFailed, new_parser, run_main, write_atomic  # noqa: E402
 
 # name: (the report that holds it, how the block's first line begins, how the line after its last one begins; "" = the end)
-BLOCKS = {"stages": ("runs/tiny/report.md", "| after", "| tanh(gate)"),
+BLOCKS = {"faults": ("tests/faults.py", "", ""), "stages": ("runs/tiny/report.md", "| after", "| tanh(gate)"),
           "evaluation": ("runs/tiny/evaluation.md", "", "Win rates"),
           "properties": ("runs/tiny/evaluation.md", "| property", "Diversity"),
           "control": ("runs/tiny/evaluation-noise.md", "", "Win rates"),
@@ -28,7 +28,8 @@ BLOCKS = {"stages": ("runs/tiny/report.md", "| after", "| tanh(gate)"),
           "tuxpaint": ("runs/tuxpaint/report.md", "| after", "| tanh(gate)"),
           "small-models": ("assets/tiny/report.md", "| what", ""), "ablations": ("ablations/results.md", "", ""),
           **{f"bench-{name}": (f"bench/results/{name}-CPU.md", "", "") for name in (
-              "step-tiny", "step-sd15", "peer-sd15", "cache-build-tiny", "cache-rows", "startup-tiny", "generation-tiny", "few-steps")}}
+              "step-tiny", "step-sd15", "peer-sd15", "cache-build-tiny", "cache-rows", "startup-tiny", "generation-tiny", "few-steps", "peer-tiny",
+              "memory-sd15-512-1", "memory-tiny-64-8", "kill-sweep", "long-run")}}
 
 PICTURES = {"samples.png": "runs/tiny/samples.png", "sweep.png": "runs/tiny/stage3/sweep.png",
             "tuxpaint.png": "runs/tuxpaint/samples.png"}
@@ -42,6 +43,23 @@ def excerpt(report: Path, first: str, after: str) -> str:
         raise RunFailed(f"{report}: no line begins with {first!r}; BLOCKS in tools/make_readme.py says it should")
     stop = next((i for i, line in enumerate(lines) if after and i > start and line.startswith(after)), len(lines))
     return "\n".join(lines[start:stop]).strip() + "\n"
+
+
+def list_faults() -> str:
+    """Every case of the suite of faults and what the user sees, as tests/test_faults_*.py state and check them."""
+    sys.path[:0] = [str(ROOT / "tests")]
+    import test_faults_config as config
+    import test_faults_data as data
+    import test_faults_runs as runs
+    import test_faults_signals as signals
+    groups = [("Sounds", data.SOUNDS), ("Pictures", data.PICTURES), ("Manifests", data.MANIFESTS), ("Configs and flags", config.CONFIGS),
+              ("Models", config.MODELS), ("Checkpoints", runs.CHECKPOINTS), ("Run folders and data", runs.FOLDERS),
+              ("Pictures, judging, making data", runs.PICTURES), ("Full disks", [case for case, _ in runs.FULL_DISKS]), ("Processes", signals.PROCESSES)]
+    count = sum(len(cases) for _, cases in groups)
+    lines = [f"{count} cases, and a signal in each of these phases: {', '.join(signals.NAMES)}, setting up the environment.", ""]
+    for title, cases in groups:
+        lines += [f"| {title} | exit | what you see |", "|---|---|---|", *(case.line() for case in cases), ""]
+    return "\n".join(lines).strip() + "\n"
 
 
 def draw_world(path: Path) -> None:
@@ -71,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
         if not found or not (ROOT / source).exists():
             print(f"{name}: " + ("no such block in README.md" if not found else f"{source} is not there"))
             continue
-        block = excerpt(ROOT / source, first, after)
+        block = list_faults() if name == "faults" else excerpt(ROOT / source, first, after)
         if block != found[2]:
             differing.append(name)
             text = text[:found.start(2)] + block + text[found.end(2):]

@@ -1,0 +1,393 @@
+"""Faults of checkpoints, run folders, disks and processes: the real stages, stopped, damaged and started again."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import BASE, CLAP, ok, script
+from faults import Case, check, hashes
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import runs
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a case is made from: its folder, the finished small run, that run's config and its data."""
+    d: Path
+    run: Path
+    config: Path
+    world: Path
+
+    def stage(self, n: int, *more) -> list:
+        return [f"train_stage{n}.py", "--config", self.config, "--run", self.d, *more]
+
+    def half_done(self, last: int = 9) -> Path:
+        """Stage 1 of the finished run as it was after step `last`; returns the folder of its checkpoints (6 and 9, perhaps 10)."""
+        shutil.copytree(self.run / "stage1", self.d / "stage1")
+        for path in [*(self.d / "stage1").glob("*.*"), *(self.d / "stage1/checkpoints").iterdir()]:
+            if path.name in ("result.json", "final.safetensors", "adapter.safetensors", "samples.png") or path.stem > f"step-{last:08d}":
+                path.unlink()
+        return self.d / "stage1/checkpoints"
+
+
+class Attack:
+    """Unpickling it would leave a file behind."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+def foreign(path: Path) -> bytes:
+    """A whole safetensors file that another program has written."""
+    save_file({"weight": torch.zeros(3)}, path)
+    return path.read_bytes()
+
+
+def flipped(content: bytes) -> bytes:
+    content = bytearray(content)
+    content[-1000] ^= 1
+    return bytes(content)
+
+
+DAMAGE: dict[str, tuple[Callable, str]] = {  # what a file becomes, and what is said of it
+    "truncated": (lambda p, d: p.read_bytes()[:-50], "not a checkpoint of ours (SafetensorError: "),
+    "empty": (lambda p, d: b"", "not a checkpoint of ours (SafetensorError: "),
+    "another program's": (lambda p, d: foreign(d / "foreign"), "not a checkpoint of ours (KeyError: 'clap2diffusion')"),
+    "one bit flipped in the": (lambda p, d: flipped(p.read_bytes()), "its content does not match its SHA-256"),
+    "a pickle as": (lambda p, d: pickle.dumps(Attack(d / "executed")), "not a checkpoint of ours (SafetensorError: "),
+}
+
+
+def nothing_ran(d: Path, _) -> None:
+    assert not (d / "executed").exists()
+
+
+def ends_as_the_unbroken(d: Path, done) -> None:
+    nothing_ran(d, done)
+    ours, unbroken = (load_file(place / "stage1/final.safetensors") for place in (d, done.unbroken))
+    assert ours.keys() == unbroken.keys() and all(torch.equal(ours[key], unbroken[key]) for key in unbroken)
+
+
+def damaged_newest(kind: str):
+    def make(c: Place) -> list:
+        newest = c.half_done() / "step-00000009.safetensors"
+        newest.write_bytes(DAMAGE[kind][0](newest, c.d))
+        return c.stage(1)
+    return make
+
+
+def damaged_given(kind: str):
+    def make(c: Place) -> list:
+        (c.d / "given").mkdir()
+        path = c.d / "given/final.safetensors"
+        path.write_bytes(DAMAGE[kind][0](c.run / "stage1/final.safetensors", c.d))
+        return c.stage(2, "--init-from", c.d / "given")
+    return make
+
+
+def all_damaged(c: Place) -> list:
+    for path in c.half_done().iterdir():
+        path.write_bytes(b"")
+    return c.stage(1)
+
+
+def rewritten(change):
+    """A result of stage 1 whose header and tensors were changed by a program that knows how to digest them."""
+    def make(c: Place) -> list:
+        header, tensors = runs.read_checkpoint(c.run / "stage1/final.safetensors")
+        header.pop("sha256")
+        change(header, tensors)
+        (c.d / "given").mkdir()
+        save_file(tensors, c.d / "given/final.safetensors",
+                  {"clap2diffusion": json.dumps({**header, "sha256": runs._digest(header, tensors)})})
+        return c.stage(2, "--init-from", c.d / "given")
+    return make
+
+
+NORM = "audio_proj.norm.weight"
+
+
+def drop(header: dict, tensors: dict) -> None:
+    del tensors[NORM]
+    pairs = header["objects"]["audio_proj"]["pairs"]
+    pairs[:] = [pair for pair in pairs if pair[0] != "norm.weight"]
+
+
+def dangle(header: dict, tensors: dict) -> None:
+    del tensors[NORM]
+
+
+def add(header: dict, tensors: dict) -> None:
+    tensors["audio_proj.more"] = torch.zeros(2)
+    header["objects"]["audio_proj"]["pairs"].append(["more", {"tensor": "audio_proj.more"}])
+
+
+def narrow(header: dict, tensors: dict) -> None:
+    tensors[NORM] = tensors[NORM][:5].clone()
+
+
+def stale(c: Place) -> list:
+    (c.half_done() / ".step-00000011.safetensors.123.tmp").write_bytes(b"half")
+    return c.stage(1)
+
+
+def older_by_time(c: Place) -> list:
+    """The file of step 6 is made the newest by its time."""
+    path = c.half_done() / "step-00000006.safetensors"
+    os.utime(path, (time.time() + 1000,) * 2)
+    return c.stage(1)
+
+
+def undeletable(c: Place) -> list:
+    (c.half_done() / "step-00000003.safetensors").mkdir()
+    return c.stage(1)
+
+
+def resumed(*flags, last: int = 9):
+    def make(c: Place) -> list:
+        c.half_done(last)
+        return c.stage(1, *flags)
+    return make
+
+
+def other_base(c: Place) -> list:
+    shutil.copytree(BASE, c.d / "base")
+    weights = c.d / "base/unet/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(flipped(weights.read_bytes()))
+    c.half_done()
+    return c.stage(1, "--base-model", c.d / "base")
+
+
+def other_data(c: Place) -> list:
+    shutil.copytree(c.world, c.d / "world")
+    lines = (c.d / "world/metadata.jsonl").read_text().splitlines()
+    (c.d / "world/metadata.jsonl").write_text("\n".join(lines[1:]) + "\n")
+    c.half_done()
+    return c.stage(1, "--data-root", c.d / "world", "--cache-dir", c.d / "cache")
+
+
+def finished(*flags):
+    def make(c: Place) -> list:
+        shutil.copytree(c.run / "stage1", c.d / "stage1")
+        return c.stage(1, *flags)
+    return make
+
+
+def keeps_a_backup(d: Path, done) -> None:
+    [backup] = d.glob("stage1.before-*")
+    assert (backup / "final.safetensors").read_bytes() == (done.unbroken / "stage1/final.safetensors").read_bytes()
+    assert str(backup) in done.stdout and json.loads((d / "stage1/result.json").read_text())["steps"] == 1
+
+
+def at(name: str, make):
+    """The run folder is what make(path) leaves there."""
+    def build(c: Place) -> list:
+        make(c.d / name)
+        return ["train_stage1.py", "--config", c.config, "--run", c.d / name]
+    return build
+
+
+def before_the_models(d: Path, done) -> None:
+    assert "features of" not in done.stdout and "starting at" not in done.stdout
+
+
+def unfinished(c: Place) -> list:
+    (c.d / "stage1").mkdir()
+    return c.stage(2)
+
+
+def another_stage_1(c: Place) -> list:
+    """A finished stage 2 beside a stage 1 that it did not begin from."""
+    shutil.copytree(c.run / "stage2", c.d / "stage2")
+    shutil.copytree(c.run / "stage1", c.d / "stage1")
+    header, tensors = runs.read_checkpoint(c.d / "stage1/final.safetensors")
+    header.pop("sha256")
+    tensors[NORM] = tensors[NORM] + 1
+    save_file(tensors, c.d / "stage1/final.safetensors", {"clap2diffusion": json.dumps({**header, "sha256": runs._digest(header, tensors)})})
+    return c.stage(2)
+
+
+def damaged_shard(kind: str):
+    """The feature cache of the finished run, with one shard replaced."""
+    def make(c: Place) -> list:
+        cache = Path(json.loads(c.config.read_text())["common"]["cache_dir"])
+        shutil.copytree(cache, c.d / "cache")
+        [shard] = (c.d / "cache").glob("*/rows-00000.safetensors")
+        shard.write_bytes(DAMAGE[kind][0](shard, c.d))
+        return c.stage(1, "--cache-dir", c.d / "cache", "--steps", 1, "--samples", 0)
+    return make
+
+
+def poisoned(share: str):
+    """The feature cache with NaN in the latents of some training rows: what a broken encoder would leave."""
+    def make(c: Place) -> list:
+        cache = Path(json.loads(c.config.read_text())["common"]["cache_dir"])
+        shutil.copytree(cache, c.d / "cache")
+        [shard] = (c.d / "cache").glob("*/rows-00000.safetensors")
+        with safe_open(shard, "pt") as file:
+            tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+        tensors["latents_mean"][slice(0, 40) if share == "all" else slice(7, 8)] = torch.nan
+        save_file(tensors, shard, metadata)
+        return c.stage(1, "--cache-dir", c.d / "cache", "--samples", 0, "--workers", 0)
+    return make
+
+
+def skips_one_update(d: Path, done) -> None:
+    """Forty training rows, ten steps of four: the row comes once, and weights stay finite."""
+    final = load_file(d / "stage1/final.safetensors")
+    assert all(value.isfinite().all() for value in final.values())
+    losses = [json.loads(line) for line in (d / "stage1/log.jsonl").read_text().splitlines()]
+    assert sum(line.get("loss") is not None and line["loss"] != line["loss"] for line in losses) <= 1
+
+
+def generate(*flags, run: str = "run"):
+    """generate.py with a good sound in front."""
+    def make(c: Place) -> list:
+        sound = sorted((c.world / "audio").glob("test-*.wav"))[0]
+        given = [c.d / str(one)[2:] if str(one).startswith("d/") else one for one in flags]
+        return ["generate.py", "--run", c.run if run == "run" else c.d / run, "--audio", sound, "--out", c.d / "o.png", "--steps", 2, *given]
+    return make
+
+
+def generate_from(make):
+    def build(c: Place) -> list:
+        path = c.d / "a.wav"
+        make(path)
+        return ["generate.py", "--run", c.run, "--audio", path, "--out", c.d / "o.png"]
+    return build
+
+
+def damaged_adapter(kind: str):
+    def make(c: Place) -> list:
+        (c.d / "given").mkdir()
+        (c.d / "given/adapter.safetensors").write_bytes(DAMAGE[kind][0](c.run / "stage3/adapter.safetensors", c.d))
+        return generate(run="given")(c)
+    return make
+
+
+def other_clap(c: Place) -> list:
+    shutil.copytree(CLAP, c.d / "clap")
+    weights = c.d / "clap/model.safetensors"
+    weights.write_bytes(flipped(weights.read_bytes()))
+    return generate("--clap-model", "d/clap")(c)
+
+
+def no_picture(d: Path, _) -> None:
+    assert not (d / "o.png").exists() and not (d / "executed").exists()
+
+
+def world_into(make, *flags):
+    def build(c: Place) -> list:
+        make(c.d / "out")
+        return ["prepare_data.py", "world", "--out", c.d / "out", "--train", 4, "--val", 2, "--test", 2, *flags]
+    return build
+
+
+def made_with_another_seed(path: Path) -> None:
+    ok(script("prepare_data.py", "world", "--out", path, "--train", 4, "--val", 2, "--test", 2, "--seed", 1))
+
+
+def stops_at_a_limit(d: Path, done) -> None:
+    assert not (d / "out/metadata.jsonl").exists()
+
+
+def few_rows(c: Place) -> list:
+    return c.stage(1, "--batch-size", 41, "--cache-dir", c.config.parent / "cache")
+
+
+RESUME = "{d}/stage1/checkpoints/step-00000009.safetensors: "
+FULL = 1_000_000
+CHECKPOINTS = [
+    *(Case(f"{kind} newest checkpoint", damaged_newest(kind), 0, RESUME + says + "*; falling back to the one before", ends_as_the_unbroken)
+      for kind, (_, says) in DAMAGE.items()),
+    Case("every checkpoint damaged", all_damaged, 2, "error: {d}/stage1/checkpoints: no checkpoint there is whole; begin anew with --fresh, which keeps them"),
+    *(Case(f"{kind} checkpoint given by name", damaged_given(kind), 2, "error: {d}/given/final.safetensors: " + says, nothing_ran)
+      for kind, (_, says) in DAMAGE.items()),
+    Case("another stage's file", lambda c: c.stage(2, "--init-from", c.run / "stage2"), 2, "/stage2/final.safetensors: is of stage2, expected a result of stage1"),
+    Case("an unknown format version", rewritten(lambda header, tensors: header.update(format=99)), 2, "error: {d}/given/final.safetensors: format version 99, expected 1"),
+    Case("a missing tensor", rewritten(drop), 2, "error: {d}/given/final.safetensors: audio_proj.norm.weight is absent, this run expects (128,)"),
+    Case("a tensor that is named and not there", rewritten(dangle), 2, "error: {d}/given/final.safetensors: "),
+    Case("an unexpected tensor", rewritten(add), 2, "error: {d}/given/final.safetensors: audio_proj.more is (2,), this run expects absent"),
+    Case("a tensor of another size", rewritten(narrow), 2, "error: {d}/given/final.safetensors: audio_proj.norm.weight is (5,), this run expects (128,)"),
+    Case("a result of other models", lambda c: ["train_stage2.py", *other_base(c)[1:], "--init-from", c.run / "stage1"], 2, "/stage1/final.safetensors: belongs to models "),
+    Case("temporary files of a killed save", stale, 0, "/.step-00000011.safetensors.123.tmp: left by an interrupted save, removed", ends_as_the_unbroken),
+    Case("file times that lie", older_by_time, 0, "resuming at step 9", ends_as_the_unbroken),
+    Case("an old checkpoint that cannot be deleted", undeletable, 0, "/step-00000003.safetensors: could not be deleted", ends_as_the_unbroken),
+]
+FOLDERS = [
+    Case("the run folder is a file", at("f", lambda p: p.write_text("")), 2, "error: {d}/f/stage1: cannot be used as output folder (Not a directory)", before_the_models),
+    Case("the run folder is a link to nothing", at("f", lambda p: p.symlink_to(p.parent / "none")), 2, "error: {d}/f/stage1: cannot be used as output folder (", before_the_models),
+    Case("a run folder that cannot be written", lambda c: ["train_stage1.py", "--config", c.config, "--run", "/proc/run"], 2,
+         "error: /proc/run/stage1: cannot be used as output folder (", before_the_models),
+    Case("a cache folder that cannot be written", lambda c: c.stage(1, "--cache-dir", "/proc/cache"), 2, "the feature cache cannot be written (*); choose another --cache-dir"),
+    Case("stage 2 without stage 1", lambda c: c.stage(2), 2, "error: {d}/stage1/final.safetensors: stage1 has not run; run first: python train_stage1.py --config "),
+    Case("stage 2 after an unfinished stage 1", unfinished, 2, "error: {d}/stage1/final.safetensors: stage1 is not finished; run first: python train_stage1.py --config "),
+    Case("stage 3 without stage 2", lambda c: c.stage(3), 2, "error: {d}/stage2/final.safetensors: stage2 has not run; run first: python train_stage2.py --config "),
+    Case("a finished stage 2 beside another stage 1", another_stage_1, 2, "error: {d}/stage2: began from another result of the stage before than the one there now"),
+    Case("resuming with another learning rate", resumed("--learning-rate", 0.5), 2,
+         RESUME + "was made with other settings (learning_rate 0.001 -> 0.5); give the old ones, begin anew with --fresh, or go on with the new ones with --allow-changed"),
+    Case("the same, allowed", resumed("--learning-rate", 0.5, "--allow-changed"), 0, "resuming at step 9"),
+    Case("resuming with other dimensions", resumed("--num-tokens", 4), 2, RESUME + "was made with dims *'num_tokens': 8*, this run has *'num_tokens': 4"),
+    Case("resuming with another base model", other_base, 2, RESUME + "was made with fingerprints "),
+    Case("resuming with other data", other_data, 2, RESUME + "was made with other settings ("),
+    Case("resuming with another log interval", resumed("--log-every", 2), 0, "resuming at step 9", ends_as_the_unbroken),
+    Case("fewer steps asked for than are done", resumed("--steps", 4, "--allow-changed"), 0, "stage1: done (all steps)"),
+    Case("the same command again when all is done", finished(), 0, "{d}/stage1: already complete"),
+    Case("a fresh start over a finished run", finished("--fresh", "--steps", 1, "--samples", 0), 0, "{d}/stage1: the old run is kept in {d}/stage1.before-", keeps_a_backup),
+    Case("fewer rows than a batch", few_rows, 2, "40 usable rows, fewer than a batch of 41"),
+    Case("CUDA asked for without a GPU", lambda c: c.stage(1, "--device", "cuda"), 2, "error: --device cuda: torch sees no CUDA device here; use --device cpu or auto", before_the_models),
+    Case("a pickle as feature shard", damaged_shard("a pickle as"), 0, "/rows-00000.safetensors is damaged", nothing_ran),
+    Case("a truncated feature shard", damaged_shard("truncated"), 0, "/rows-00000.safetensors is damaged"),
+    Case("a row whose loss is NaN", poisoned("one"), 0, ": loss nan, gradient norm nan: update skipped; samples *train-00007", skips_one_update),
+    Case("three updates in a row whose loss is NaN", poisoned("all"), 1, "error: {d}/stage1: loss or gradient not finite in steps 0 to 2; the last checkpoint is good"),
+]
+PICTURES = [
+    Case("no run to make a picture with", generate(run="none"), 2, "error: {d}/none: holds no adapter.safetensors; expected a run folder with a finished stage", no_picture),
+    *(Case(f"{kind} adapter", damaged_adapter(kind), 2, "error: {d}/given/adapter.safetensors: not an adapter of ours", no_picture)
+      for kind in ("truncated", "empty", "another program's", "a pickle as")),
+    Case("another CLAP than the adapter's", other_clap, 2, "error: {d}/clap: is CLAP *, but * was trained with CLAP ", no_picture),
+    Case("a sound that is missing", generate_from(lambda p: None), 2, "error: --audio {d}/a.wav: is not a file; expected a sound file", no_picture),
+    Case("a folder as sound for a picture", generate_from(lambda p: p.mkdir()), 2, "error: --audio {d}/a.wav: is not a file; expected a sound file", no_picture),
+    Case("a text as sound for a picture", generate_from(lambda p: p.write_text("no sound")), 2, "error: {d}/a.wav: not a sound that libsndfile reads", no_picture),
+    Case("a picture into a folder that is not there", generate("--out", "d/no/o.png"), 2, "error: --out {d}/no/o.png: {d}/no is not a folder that can be written to; make it first"),
+    Case("a picture that is no PNG", generate("--out", "d/o.jpg"), 2, "error: --out {d}/o.jpg: expected a name that ends in .png"),
+    Case("a broken picture to begin from", lambda c: (c.d / "i.png").write_bytes(b"x") and generate("--init-image", "d/i.png")(c), 2,
+         "error: --init-image {d}/i.png: not a picture that Pillow reads", no_picture),
+    Case("judging a run that is not there", lambda c: ["evaluate.py", "--run", c.d / "none"], 2, "error: {d}/none"),
+    Case("a report of a run that is not finished", lambda c: ["report.py", "--run", c.d], 2, "error: {d}/stage1/result.json: is missing, so stage1 is not finished"),
+    Case("data made with other settings", world_into(made_with_another_seed), 2, "error: {d}/out: holds data made with "),
+    Case("a data folder that is a file", world_into(lambda p: p.write_text("")), 2, "error: {d}/out: cannot be written ("),
+    Case("no stamps of Tux Paint", lambda c: ["prepare_data.py", "tuxpaint", "--stamps", c.d, "--out", c.d / "out"], 2, "error: {d}: holds no stamps with sounds; install them: "),
+]
+FULL_DISKS = [  # (case, bytes after which the disk is full)
+    (Case("a disk that is full at a checkpoint", resumed(), 1, "error: no space left in {d}/stage1/checkpoints, * MB needed for step-00000009.safetensors"), FULL),
+    (Case("a disk that is full at the feature cache", lambda c: c.stage(1, "--cache-dir", c.d / "cache"), 1, "error: no space left in {d}/cache/*, * MB needed for "), 100_000),
+    (Case("a disk that is full while the data are made", world_into(lambda p: None), 1, "error: no space left in {d}/out/audio, * MB needed for ", stops_at_a_limit), 20_000),
+    (Case("a disk that is full at the picture", generate(), 1, "error: no space left "), 2_000),
+]
+CASES = CHECKPOINTS + FOLDERS + PICTURES + [case for case, _ in FULL_DISKS]
+REPLACED = ("step-00000003.safetensors", "step-00000006.safetensors", "step-00000009.safetensors", "rows-00000.safetensors")
+LIMITS = {case.fault: limit for case, limit in FULL_DISKS}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_case(case, tmp_path, run, config, world):
+    command = case.make(Place(tmp_path, run, config, world))
+    before = {} if "--fresh" in command else hashes(tmp_path)
+    done = script(*command, file_limit=LIMITS.get(case.fault, 0))
+    done.unbroken = run
+    check(case, done, tmp_path, before, REPLACED if case.code == 0 or "every" in case.fault else ())

@@ -1,0 +1,302 @@
+"""A signal in every phase: the program ends in good order, leaves nothing behind, and the same command finishes the work."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ENV, ROOT, Started, left_behind, ok, script, write_config
+from faults import Case, check, hashes, intact
+from safetensors.torch import load_file
+
+from config import read_json
+
+TERM, INT, HUP = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+LOADER = Case("a loader process is killed, by the kernel for want of memory or by a full /dev/shm", None, 1,
+              "error: a data loading process was killed*; it ran out of memory or of shared memory: use Docker's --shm-size=8g or --workers 0")
+MAKER = Case("a process that makes the data is killed", None, 1, "error: sound world: a process of it was killed, perhaps for want of memory; run the same command again")
+SECOND = Case("a second run in the same folder", None, 2, "error: {d}/stage1: process * is working in this folder; wait for it, or give another --run")
+GPU = Case("the GPU is out of memory", None, 1,
+           "error: the GPU is out of memory; checkpoints are intact; lower --batch-size and raise --accumulation by the same factor, lower --val-batch-size, or add "
+           "--frozen-dtype nf4 --checkpointing all")
+LOGS = Case("a disk that is full at the logs", None, 1, "error: no space left for /runs/log.txt; free some and run again")
+PROCESSES = [LOADER, MAKER, SECOND, GPU, LOGS]
+
+
+def when(process: Started, marker: str | Path, timeout: float = 120) -> None:
+    """Wait until the process has said the marker (a regular expression), or a file matches it (a path with a pattern)."""
+    deadline = time.time() + timeout
+    while process.poll() is None and time.time() < deadline:
+        if any(marker.parent.glob(marker.name)) if isinstance(marker, Path) else re.search(marker, process.said()):
+            return
+        time.sleep(0.001)
+    raise AssertionError(f"{marker} never came:\n{process.said()[-3000:]}")
+
+
+def phases(d: Path, world: Path, run: Path, base_config: Path) -> dict[str, tuple[list, str | Path]]:
+    """Phase: (a command that is in it for a while, what shows that it is)."""
+    slow = write_config(d / "slow.json", world, d / "run", d / "cache", val_draws=8, val_clips=8)
+    stage = lambda n, *more: [f"train_stage{n}.py", "--config", slow, *more]  # noqa: E731
+    plain = lambda n, *more: [f"train_stage{n}.py", "--config", base_config, "--run", d / "run", *more]  # noqa: E731
+    sound = sorted((world / "audio").glob("test-*.wav"))[0]
+    return {
+        "making data": (["prepare_data.py", "world", "--out", d / "made", "--train", 150, "--val", 4, "--test", 4], r"sound world: +[1-9]"),
+        "checking data": (["prepare_data.py", "check", "--data-root", world], r"checking: +0%"),
+        "cache": (plain(1, "--cache-dir", d / "new-cache", "--windows", 3, "--flip"), r"features: +[0-9]"),
+        "validation": (stage(1), r"starting at step 0"),
+        "step": (plain(1, "--steps", 400), r"stage1: +[1-9]"),
+        "save": (plain(1, "--steps", 400, "--save-every", 1), d / "run/stage1/checkpoints/.step-*.tmp"),
+        "gate sweep": (stage(3, "--init-from", run / "stage2"), r"starting at step 0"),
+        "sample pictures": (plain(1, "--samples", 20), r"loads into a stock pipeline"),
+        "evaluation": (["evaluate.py", "--run", d / "judged", "--quick", "--steps", 2], r"pictures"),
+        "generation": (["generate.py", "--run", run, "--audio", sound, "--out", d / "o.png", "--steps", 100], r"[1-9]/100"),
+    }
+
+
+NAMES = ["making data", "checking data", "cache", "validation", "step", "save", "gate sweep", "sample pictures", "evaluation", "generation"]
+
+
+def stop_in(phase: str, signum: int, d: Path, world: Path, run: Path, config: Path) -> None:
+    command, marker = phases(d, world, run, config)[phase]
+    if phase == "evaluation":
+        shutil.copytree(run, d / "judged")
+    process = Started(*command)
+    when(process, marker)
+    before = hashes(d / "run") if phase not in ("step", "save") else {}
+    began = time.time()
+    process.send_signal(signum)
+    done = process.end(120)
+    assert time.time() - began < 60
+    intact(done, d, before, 128 + signum)
+    assert done.stderr.strip().splitlines()[-1].startswith(f"stopped by {signal.Signals(signum).name}: ")
+    assert "the same command goes on" in done.stderr or "nothing was left half-written" in done.stderr
+    more = ["--steps", 12, "--allow-changed"] if phase in ("step", "save") else []
+    ok(script(*command, *more))
+    if phase == "sample pictures":
+        ours, unbroken = (load_file(place / "stage1/final.safetensors") for place in (d / "run", run))
+        assert all(torch.equal(ours[key], unbroken[key]) for key in unbroken)
+    if phase == "making data":
+        ok(script("prepare_data.py", "world", "--out", d / "unbroken", *command[4:]))
+        assert all((d / "unbroken" / path.relative_to(d / "made")).read_bytes() == path.read_bytes() for path in (d / "made").rglob("*.*"))
+
+
+@pytest.mark.parametrize("phase, signum", [(name, (TERM, INT, HUP)[i % 3]) for i, name in enumerate(NAMES)],
+                         ids=lambda value: value.name if isinstance(value, signal.Signals) else value)
+def test_a_signal_in_each_phase(phase, signum, tmp_path, world, run, config):
+    stop_in(phase, signum, tmp_path, world, run, config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase, signum", [(name, (TERM, INT, HUP)[(i + n) % 3]) for i, name in enumerate(NAMES) for n in (1, 2)],
+                         ids=lambda value: value.name if isinstance(value, signal.Signals) else value)
+def test_the_other_signals_in_each_phase(phase, signum, tmp_path, world, run, config):
+    stop_in(phase, signum, tmp_path, world, run, config)
+
+
+def test_a_second_signal_ends_at_once(tmp_path, world, config):
+    """While the first one waits for the end of a long validation."""
+    process = Started("train_stage1.py", "--config", write_config(tmp_path / "slow.json", world, tmp_path / "run", tmp_path / "cache", val_draws=100))
+    when(process, "starting at step 0")
+    process.send_signal(TERM)
+    time.sleep(1.2)
+    assert process.poll() is None  # it validates still
+    began = time.time()
+    process.send_signal(TERM)
+    done = process.end(30)
+    assert time.time() - began < 2 and done.returncode == 143 and not left_behind(done.pid)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGBUS], ids=lambda value: value.name)
+def test_a_killed_loader_process_is_one_sentence(signum, tmp_path, config):
+    """SIGKILL is what the kernel sends for want of memory, SIGBUS what a full /dev/shm brings."""
+    process = Started("train_stage1.py", "--config", config, "--run", tmp_path, "--workers", 1, "--steps", 3000)
+    when(process, r"stage1: +[0-9]+%.*[5-9]/3000")
+    [worker] = [int(pid) for pid in left_behind(process.pid) if int(pid) != process.pid]
+    os.kill(worker, signum)
+    done = process.end(60)
+    check(LOADER, done, tmp_path, {})
+    done = ok(script("train_stage1.py", "--config", config, "--run", tmp_path, "--workers", 0, "--steps", 6, "--allow-changed"))
+    assert "resuming at step" in done.stdout
+
+
+def test_a_killed_process_of_the_data_is_one_sentence(tmp_path):
+    process = Started("prepare_data.py", "world", "--out", tmp_path / "made", "--train", 2000, "--val", 4, "--test", 4)
+    when(process, r"sound world: +[1-9]")
+    worker = next(int(pid) for pid in left_behind(process.pid) if int(pid) != process.pid)
+    os.kill(worker, signal.SIGKILL)
+    done = process.end(60)
+    check(MAKER, done, tmp_path, {})
+    assert not (tmp_path / "made/metadata.jsonl").exists()
+
+
+@pytest.mark.parametrize("error, case", [("torch.OutOfMemoryError('CUDA out of memory')", GPU), ("OSError(28, 'No space left on device', '/runs/log.txt')", LOGS)],
+                         ids=["memory", "disk"])
+def test_what_torch_and_the_system_raise_ends_in_one_sentence(error, case, tmp_path):
+    (tmp_path / "program.py").write_text(f"import config, torch\ndef main(): raise {error}\nconfig.run_main(main)\n")
+    check(case, script(tmp_path / "program.py"), tmp_path, {})
+
+
+@pytest.mark.parametrize("ending, code", [("pass", 0), ("raise config.RunFailed('it broke')", 1), ("raise KeyError('nobody foresaw it')", 1)])
+def test_a_worker_that_ignores_signals_does_not_keep_a_finished_program_alive(ending, code):
+    """Python ends its children with SIGTERM and waits; a stage whose loader was still open once waited for ever."""
+    program = f"""
+import multiprocessing, signal, time
+import config
+def ignore(ready):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ready.set()
+    time.sleep(600)
+def main():
+    ready = multiprocessing.Event()
+    child = multiprocessing.Process(target=ignore, args=(ready,), daemon=True)
+    child.start()
+    ready.wait()
+    print(child.pid)
+    {ending}
+config.run_main(main)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stderr
+    assert not Path(f"/proc/{int(done.stdout)}").exists()
+
+
+def test_two_runs_in_one_folder_and_kill_9_frees_it(tmp_path, config):
+    """The second names the first; what the first one's death leaves is no obstacle."""
+    first = Started("train_stage1.py", "--config", config, "--run", tmp_path, "--steps", 3000, "--workers", 2)
+    when(first, r"stage1: +[0-9]+%.*[5-9]/3000")
+    before = {path: digest for path, digest in hashes(tmp_path).items() if path.stem == "best"}
+    second = script("train_stage1.py", "--config", config, "--run", tmp_path)
+    check(SECOND, second, tmp_path, {})
+    assert f"process {first.pid} is" in second.stderr
+    assert all(path.exists() for path in before) and first.poll() is None
+    first.send_signal(signal.SIGKILL)
+    done = first.end(10)
+    deadline = time.time() + 5
+    while left_behind(done.pid) and time.time() < deadline:
+        time.sleep(0.05)
+    assert not left_behind(done.pid)
+    done = ok(script("train_stage1.py", "--config", config, "--run", tmp_path, "--steps", 8, "--allow-changed"))
+    assert not list(tmp_path.rglob(".*.tmp"))
+
+
+# --- the chain --------------------------------------------------------------------------------------------------------
+
+def chain_place(d: Path, setup: bool = False) -> Path:
+    """A folder from which the chain runs: the project's files by links, a config of few steps."""
+    place = d / "copy"
+    place.mkdir()
+    for path in ROOT.iterdir():
+        if path.suffix in (".py", ".sh", ".txt") or path.name == "assets":
+            (place / path.name).symlink_to(path)
+    config = read_json(ROOT / "configs/tiny.json")
+    config["common"] |= {"batch_size": 4, "val_draws": 1, "samples": 1, "precision": "fp32", "log_every": 1, "save_every": 2}
+    config |= {"data": ["world", "--train", "40", "--val", "10", "--test", "10"], "stage1": {"steps": 30, "validate_every": 0}, "stage2": {"steps": 2},
+               "stage3": {"steps": 2}}
+    config.pop("evaluate")
+    (place / "tiny.json").write_text(json.dumps(config))
+    return place
+
+
+PATH = {**ENV, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+@pytest.mark.parametrize("signum, code", [(TERM, 143), (INT, 130), (HUP, 129)], ids=lambda value: str(getattr(value, "name", value)))
+def test_a_signal_while_the_environment_is_set_up(signum, code, tmp_path):
+    """python3 is a stand-in that has no packages and whose pip takes for ever; it and the chain end, and set-up begins anew."""
+    place, programs = chain_place(tmp_path), tmp_path / "bin"
+    programs.mkdir()
+    stub = """#!/bin/bash
+[ "$1" = - ] && exit 1
+[ "$1 $2" = "-m venv" ] && { mkdir -p .venv/bin; cp "$0" .venv/bin/python; exit 0; }
+[ "$1 $2" = "-m pip" ] && { echo $$ > pip; exec sleep 300; }
+exit 0
+"""
+    for name in ("python3", "python", "nvidia-smi"):
+        (programs / name).write_text(stub)
+        (programs / name).chmod(stat.S_IRWXU)
+    for _ in range(2):
+        chain = subprocess.Popen(["bash", "run_all_stages.sh", "tiny.json"], cwd=place, env={**ENV, "PATH": f"{programs}:/usr/bin:/bin"}, text=True,
+                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+        deadline = time.time() + 20
+        while not (place / "pip").exists() and time.time() < deadline:
+            time.sleep(0.01)
+        chain.send_signal(signum)
+        out, errors = chain.communicate(timeout=20)
+        assert chain.returncode == code and "setting up .venv" in out, out + errors
+        assert not left_behind(chain.pid)
+        (place / "pip").unlink()
+
+
+@pytest.mark.slow
+def test_a_stage_that_fails_behind_a_pipe_stops_the_chain(tmp_path):
+    """`bash run_all_stages.sh | tee log`: the stages after the failed one do not start, and the rerun skips the finished ones."""
+    place = chain_place(tmp_path)
+    (place / "runs/tiny").mkdir(parents=True)
+    (place / "runs/tiny/stage2").write_text("in the way")
+    command = ["bash", "-o", "pipefail", "-c", "bash run_all_stages.sh tiny.json 2>&1 | tee log"]
+    done = subprocess.run(command, cwd=place, env=PATH, capture_output=True, text=True)
+    assert done.returncode == 2 and "runs/tiny/stage2: cannot be used as output folder" in done.stdout.splitlines()[-1], done.stdout
+    assert not (place / "runs/tiny/stage3").exists() and (place / "runs/tiny/stage1/result.json").exists()
+    (place / "runs/tiny/stage2").unlink()
+    done = subprocess.run(command, cwd=place, env=PATH, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("already complete") == 2, done.stdout  # the data and stage 1
+    assert (place / "runs/tiny/report.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("tmux"), reason="tmux is not installed")
+def test_in_tmux_the_chain_outlives_its_client_and_the_server_s_death_saves(tmp_path):
+    """Start in a real tmux, close the client, kill the server in stage 1, start again."""
+    place = chain_place(tmp_path)
+    config = read_json(place / "tiny.json")
+    config["stage1"]["steps"] = 400
+    (place / "tiny.json").write_text(json.dumps(config))
+    environment = {**PATH, "TMUX_TMPDIR": str(tmp_path), "TERM": "xterm"}
+
+    def tmux(*command) -> subprocess.CompletedProcess:
+        return subprocess.run(["tmux", *command], env=environment, capture_output=True, text=True)
+    start = ["bash", "run_all_stages.sh", "--tmux", "tiny.json"]
+    log = place / "runs/tiny/stage1/log.jsonl"
+    try:
+        done = ok(subprocess.run(start, cwd=place, env=environment, capture_output=True, text=True))
+        assert "tmux attach -t clap2diffusion" in done.stdout
+        again = subprocess.run(start, cwd=place, env=environment, capture_output=True, text=True)
+        assert again.returncode == 2 and "runs already" in again.stderr
+        client = subprocess.Popen(["script", "-qc", "tmux attach -t clap2diffusion", "/dev/null"], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        deadline = time.time() + 200
+        while not (log.exists() and '"step": 5,' in log.read_text()) and time.time() < deadline:
+            time.sleep(0.05)
+        assert tmux("list-clients").stdout.strip()
+        client.kill()  # a closed terminal
+        client.wait()
+        at = len(log.read_text().splitlines())
+        time.sleep(2)
+        assert len(log.read_text().splitlines()) > at  # it goes on
+        tmux("kill-server")
+        deadline = time.time() + 60
+        while subprocess.run(["pgrep", "-f", f"train_stage1.py.*{place.name}|{place}"], capture_output=True).stdout and time.time() < deadline:
+            time.sleep(0.1)
+        time.sleep(1)
+        assert not (place / "runs/tiny/stage1/result.json").exists() and not list(place.rglob(".*.tmp"))
+        stopped_at = max(int(path.stem[5:]) for path in (place / "runs/tiny/stage1/checkpoints").glob("step-*"))
+        assert stopped_at >= 5
+        config["stage1"]["steps"] = stopped_at + 4
+        (place / "tiny.json").write_text(json.dumps(config))
+        ok(subprocess.run([*start, "--allow-changed"], cwd=place, env=environment, capture_output=True, text=True))
+        deadline = time.time() + 200
+        while not (place / "runs/tiny/report.json").exists() and time.time() < deadline:
+            time.sleep(0.2)
+        assert f"resuming at step {stopped_at}" in tmux("capture-pane", "-p", "-S", "-2000", "-t", "clap2diffusion").stdout
+        assert (place / "runs/tiny/report.json").exists()
+    finally:
+        tmux("kill-server")

@@ -1,0 +1,89 @@
+"""The losses of 20 steps of each stage, kept in golden.json: what a change of the mathematics moves, and what does not.
+
+`python tests/test_golden.py` writes golden.json anew; do so only after a change that is meant to change them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import BASE, CLAP, ROOT, ok, script
+
+GOLDEN = ROOT / "tests/golden.json"
+TOLERANCE = 2e-3  # relative; another processor rounds otherwise, by 1e-5 or so after 20 steps
+STAGES = ("stage1", "stage2", "stage3")
+
+
+def settings(place: Path, world: Path) -> Path:
+    config = place / "golden-config.json"
+    config.write_text(json.dumps({
+        "common": {"run": str(place / "run"), "data_root": str(world), "cache_dir": str(place / "cache"), "base_model": str(BASE), "clap_model": str(CLAP),
+                   "batch_size": 4, "precision": "fp32", "val_draws": 1, "val_clips": 2, "samples": 0, "log_every": 1, "validate_every": 0},
+        "stage1": {"steps": 20, "learning_rate": 1e-3, "warmup_steps": 2, "min_snr_gamma": 5.0}, "stage2": {"steps": 20, "learning_rate": 1e-3}, "stage3": {"steps": 20, "learning_rate": 0.1}}))
+    return config
+
+
+def losses(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def differs(found: list[float], golden: list[float]) -> float:
+    """The largest relative difference of a step's loss."""
+    assert len(found) == len(golden) == 20
+    return max(abs(a - b) / b for a, b in zip(found, golden))
+
+
+@pytest.fixture(scope="module")
+def trained(world, tmp_path_factory) -> Path:
+    config = settings(tmp_path_factory.mktemp("golden"), world)
+    for stage in STAGES:
+        ok(script(f"train_{stage}.py", "--config", config))
+    return config
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_losses_are_the_golden_ones(stage, trained):
+    golden = json.loads(GOLDEN.read_text())
+    assert differs(losses(trained.parent / "run" / stage), golden[stage]) < TOLERANCE
+
+
+BREAKS = [  # (what, stage, flags, file, text, what takes its place)
+    ("another seed", "stage1", ["--seed", "1"], "", "", ""),
+    ("a swapped sign of the noise", "stage1", [], "train_stage1.py", "scheduler.add_noise(latents, noise, timesteps)", "scheduler.add_noise(latents, -noise, timesteps)"),
+    ("a dropped weight of the loss", "stage1", [], "train_stage1.py", "(loss_weights * common.mse_per_sample(pred, target))", "common.mse_per_sample(pred, target)"),
+    ("a sound that is not heard", "stage1", [], "train_stage1.py", "text_tokens.to(device), audio_embeds.to(device)", "text_tokens.to(device), 0 * audio_embeds.to(device)"),
+    ("captions that are never dropped", "stage1", ["--caption-drop", "0"], "", "", ""),
+    ("a gradient up the hill", "stage1", [], "train_stage1.py", "loss.backward()", "(-loss).backward()"),
+    ("a swapped sign of the noise", "stage2", [], "train_stage2.py", "scheduler.add_noise(latents, noise, timesteps)", "scheduler.add_noise(latents, -noise, timesteps)"),
+    ("an adapter that does not learn", "stage2", ["--learning-rate", "1e-9"], "", "", ""),
+    ("a swapped sign of the noise", "stage3", [], "train_stage3.py", "scheduler.add_noise(latents, noise, timesteps)", "scheduler.add_noise(latents, -noise, timesteps)"),
+    ("a gate that climbs", "stage3", [], "train_stage3.py", "loss.backward()", "(-loss).backward()"),
+]
+
+
+@pytest.mark.parametrize("what, stage, flags, file, text, other", BREAKS, ids=[f"{b[1]}: {b[0]}" for b in BREAKS])
+def test_a_broken_stage_is_told_from_the_golden_one(what, stage, flags, file, text, other, trained, tmp_path):
+    for path in ROOT.glob("*.py"):
+        content = path.read_text()
+        if path.name == file:
+            assert text in content, f"{file} no longer says {text}"
+            content = content.replace(text, other)
+        (tmp_path / path.name).write_text(content)
+    before = ["--init-from", trained.parent / "run" / f"stage{int(stage[-1]) - 1}"] if stage != "stage1" else []
+    ok(script(tmp_path / f"train_{stage}.py", "--config", trained, "--run", tmp_path / "run", *before, *flags))
+    assert differs(losses(tmp_path / "run" / stage), json.loads(GOLDEN.read_text())[stage]) > 5 * TOLERANCE, what
+
+
+if __name__ == "__main__":
+    place = Path(sys.argv[1] if len(sys.argv) > 1 else "/tmp/golden")
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    ok(script("prepare_data.py", "world", "--out", place / "world", "--train", 40, "--val", 20, "--test", 10))
+    for stage in STAGES:
+        ok(script(f"train_{stage}.py", "--config", settings(place, place / "world")))
+    GOLDEN.write_text(json.dumps({stage: losses(place / "run" / stage) for stage in STAGES}, indent=1) + "\n")
