@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every benchmark that a CPU can do, one after another, into bench/results/ (about 80 minutes on two cores; leave the machine
+# Every benchmark that a CPU can do, one after another, into bench/results/ (about two hours on two cores; leave the machine
 # alone meanwhile). What the tables of the README are made from.
 #
 #   bash bench/run.sh                  # the few-step table needs the default run: bash run_all_stages.sh
@@ -29,7 +29,9 @@ sd15="--sd15 --models $work/sd15"
 "$PYTHON" bench/peer.py $sd15 --image-size 256 --batch-size 1 --steps 3 $published
 "$PYTHON" bench/cache.py
 "$PYTHON" bench/startup.py --repeats 5
-"$PYTHON" bench/memory.py --batch-size 8 --steps 40
+"$PYTHON" bench/memory.py --batch-size 8 --steps 40 --repeats 5
 "$PYTHON" bench/memory.py $sd15 --image-size 512 --batch-size 1 --steps 3 --only plain "bf16, checkpointing down" \
     "bf16, checkpointing all, batch x 2" "nf4, 8-bit, checkpointing all"
+"$PYTHON" bench/memory.py $sd15 --image-size 128 --batch-size 1 --steps 3 --only plain "frozen bf16" "frozen nf4" "bf16, checkpointing all" \
+    "nf4, 8-bit, checkpointing all"
 "$PYTHON" bench/generation.py

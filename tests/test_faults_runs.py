@@ -99,6 +99,19 @@ def damaged_given(kind: str):
     return make
 
 
+def two_damaged(c: Place) -> list:
+    """With two broken ones above it, keeping two must not drop the good one."""
+    c.half_done(10)
+    for step in (9, 10):
+        (c.d / f"stage1/checkpoints/step-{step:08d}.safetensors").write_bytes(b"")
+    return c.stage(1, "--keep", 2)
+
+
+def keeps_two(d: Path, done) -> None:
+    ends_as_the_unbroken(d, done)
+    assert sorted(runs.RunFolder(d / "stage1").steps()) == [9, 10] and len(list((d / "stage1/checkpoints").glob("*.broken"))) == 2
+
+
 def all_damaged(c: Place) -> list:
     for path in c.half_done().iterdir():
         path.write_bytes(b"")
@@ -242,16 +255,18 @@ def poisoned(share: str):
             tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
         tensors["latents_mean"][slice(0, 40) if share == "all" else slice(7, 8)] = torch.nan
         save_file(tensors, shard, metadata)
-        return c.stage(1, "--cache-dir", c.d / "cache", "--samples", 0, "--workers", 0)
+        return c.stage(1, "--cache-dir", c.d / "cache", "--samples", 0, "--workers", 0, "--save-every", 1, "--keep", 20)
     return make
 
 
 def skips_one_update(d: Path, done) -> None:
-    """Forty training rows, ten steps of four: the row comes once, and weights stay finite."""
-    final = load_file(d / "stage1/final.safetensors")
-    assert all(value.isfinite().all() for value in final.values())
+    """Forty training rows, ten steps of four: the row comes once; weights and moments are after that step what they were before it."""
     losses = [json.loads(line) for line in (d / "stage1/log.jsonl").read_text().splitlines()]
-    assert sum(line.get("loss") is not None and line["loss"] != line["loss"] for line in losses) <= 1
+    [bad] = [line["step"] for line in losses if "loss" in line and line["loss"] != line["loss"]]
+    states = {step: runs.read_checkpoint(d / f"stage1/checkpoints/step-{step:08d}.safetensors")[1] for step in range(11)}
+    for step in range(1, 11):
+        same = all(torch.equal(value, states[step - 1][key]) for key, value in states[step].items() if key in states[step - 1])
+        assert same == (step == bad) and all(value.isfinite().all() for value in states[step].values()), step
 
 
 def generate(*flags, run: str = "run"):
@@ -305,6 +320,32 @@ def stops_at_a_limit(d: Path, done) -> None:
     assert not (d / "out/metadata.jsonl").exists()
 
 
+def bad_rows(*flags):
+    """A sound that is none, an empty picture, half a line, among 71 rows."""
+    def make(c: Place) -> list:
+        shutil.copytree(c.world, c.d / "world")
+        lines = (c.world / "metadata.jsonl").read_text().splitlines()
+        (c.d / "world" / json.loads(lines[3])["audio_file_name"]).write_bytes(b"not a sound")
+        (c.d / "world" / json.loads(lines[5])["image_file_name"]).write_bytes(b"")
+        (c.d / "world/metadata.jsonl").write_text("\n".join(lines) + '\n{"half": ')
+        return c.stage(1, "--data-root", c.d / "world", "--cache-dir", c.d / "cache", "--steps", 1, "--samples", 0, *flags)
+    return make
+
+
+def lists_all_three(d: Path, done) -> None:
+    assert all(word in done.stdout for word in ("train-00003.wav", "train-00005.png", "line 71"))
+
+
+def trains_on_the_rest(d: Path, done) -> None:
+    lists_all_three(d, done)
+    assert "38 train" in done.stdout
+
+
+def made_in_bf16(c: Place) -> list:
+    ok(script(*c.stage(1, "--precision", "bf16", "--frozen-dtype", "bf16", "--steps", 1, "--samples", 0)))
+    return c.stage(2, "--precision", "fp32", "--frozen-dtype", "fp32", "--steps", 1, "--samples", 0)
+
+
 def few_rows(c: Place) -> list:
     return c.stage(1, "--batch-size", 41, "--cache-dir", c.config.parent / "cache")
 
@@ -314,6 +355,7 @@ FULL = 1_000_000
 CHECKPOINTS = [
     *(Case(f"{kind} newest checkpoint", damaged_newest(kind), 0, RESUME + says + "*; falling back to the one before", ends_as_the_unbroken)
       for kind, (_, says) in DAMAGE.items()),
+    Case("the two newest damaged, with --keep 2", two_damaged, 0, "{d}/stage1/checkpoints/step-00000009.safetensors: *; falling back to the one before", keeps_two),
     Case("every checkpoint damaged", all_damaged, 2, "error: {d}/stage1/checkpoints: no checkpoint there is whole; begin anew with --fresh, which keeps them"),
     *(Case(f"{kind} checkpoint given by name", damaged_given(kind), 2, "error: {d}/given/final.safetensors: " + says, nothing_ran)
       for kind, (_, says) in DAMAGE.items()),
@@ -349,6 +391,9 @@ FOLDERS = [
     Case("the same command again when all is done", finished(), 0, "{d}/stage1: already complete"),
     Case("a fresh start over a finished run", finished("--fresh", "--steps", 1, "--samples", 0), 0, "{d}/stage1: the old run is kept in {d}/stage1.before-", keeps_a_backup),
     Case("fewer rows than a batch", few_rows, 2, "40 usable rows, fewer than a batch of 41"),
+    Case("bad rows above the limit", bad_rows(), 2, "error: 3 of 71 rows cannot be used (limit 1 %), listed in *bad_rows.txt; mend or remove them, or raise --max-bad-share", lists_all_three),
+    Case("a few bad rows below the limit", bad_rows("--max-bad-share", 0.1), 0, "3 of 71 rows cannot be used (limit 10 %), listed in *bad_rows.txt; they are left out", trains_on_the_rest),
+    Case("a result that was trained in BF16, carried on in float32", made_in_bf16, 0, "stage2: done"),
     Case("CUDA asked for without a GPU", lambda c: c.stage(1, "--device", "cuda"), 2, "error: --device cuda: torch sees no CUDA device here; use --device cpu or auto", before_the_models),
     Case("a pickle as feature shard", damaged_shard("a pickle as"), 0, "/rows-00000.safetensors is damaged", nothing_ran),
     Case("a truncated feature shard", damaged_shard("truncated"), 0, "/rows-00000.safetensors is damaged"),
@@ -380,7 +425,7 @@ FULL_DISKS = [  # (case, bytes after which the disk is full)
     (Case("a disk that is full at the picture", generate(), 1, "error: no space left "), 2_000),
 ]
 CASES = CHECKPOINTS + FOLDERS + PICTURES + [case for case, _ in FULL_DISKS]
-REPLACED = ("step-00000003.safetensors", "step-00000006.safetensors", "step-00000009.safetensors", "rows-00000.safetensors")
+REPLACED = ("step-00000003.safetensors", "step-00000006.safetensors", "step-00000009.safetensors", "step-00000010.safetensors", "rows-00000.safetensors")
 LIMITS = {case.fault: limit for case, limit in FULL_DISKS}
 
 

@@ -29,7 +29,7 @@ BLOCKS = {"faults": ("tests/faults.py", "", ""), "stages": ("runs/tiny/report.md
           "small-models": ("assets/tiny/report.md", "| what", ""), "ablations": ("ablations/results.md", "", ""),
           **{f"bench-{name}": (f"bench/results/{name}-CPU.md", "", "") for name in (
               "step-tiny", "step-sd15", "peer-sd15", "cache-build-tiny", "cache-rows", "startup-tiny", "generation-tiny", "few-steps", "peer-tiny",
-              "memory-sd15-512-1", "memory-tiny-64-8", "kill-sweep", "long-run")}}
+              "memory-sd15-512-1", "memory-sd15-128-1", "memory-tiny-64-8", "kill-sweep", "long-run")}}
 
 PICTURES = {"samples.png": "runs/tiny/samples.png", "sweep.png": "runs/tiny/stage3/sweep.png",
             "tuxpaint.png": "runs/tuxpaint/samples.png"}
@@ -54,7 +54,7 @@ def list_faults() -> str:
     import test_faults_signals as signals
     groups = [("Sounds", data.SOUNDS), ("Pictures", data.PICTURES), ("Manifests", data.MANIFESTS), ("Configs and flags", config.CONFIGS),
               ("Models", config.MODELS), ("Checkpoints", runs.CHECKPOINTS), ("Run folders and data", runs.FOLDERS),
-              ("Pictures, judging, making data", runs.PICTURES), ("Full disks", [case for case, _ in runs.FULL_DISKS]), ("Processes", signals.PROCESSES)]
+              ("Making and judging pictures, making data", runs.PICTURES), ("Full disks", [case for case, _ in runs.FULL_DISKS]), ("Processes", signals.PROCESSES)]
     count = sum(len(cases) for _, cases in groups)
     lines = [f"{count} cases, and a signal in each of these phases: {', '.join(signals.NAMES)}, setting up the environment.", ""]
     for title, cases in groups:
