@@ -311,7 +311,7 @@ def _raise_stopped(signum: int, frame) -> None:
     if in_flight is None:
         raise Stopped(_asked[0][0])
     if _asked[-1][1] - _asked[0][1] > 1:  # a second one ends at once; a Ctrl-C can come twice, from the terminal and from a parent script
-        os._exit(128 + signum)
+        os._exit(128 + _asked[-1][0])
 
 
 @contextmanager

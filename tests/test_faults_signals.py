@@ -170,6 +170,20 @@ config.run_main(main)
     assert not Path(f"/proc/{int(done.stdout)}").exists()
 
 
+@pytest.mark.parametrize("program, said", [
+    ("class Swallows:\n    def __del__(self):\n        os.kill(os.getpid(), signal.SIGTERM)\n        time.sleep(0.1)\n"
+     "def main():\n    one = Swallows()\n    del one\n    print('went on', flush=True)\n    time.sleep(20)\n    print('lost', flush=True)\n", "went on\n"),
+    ("def main():\n    with config.stops_held():\n        os.kill(os.getpid(), signal.SIGTERM)\n        time.sleep(0.1)\n        print('held', flush=True)\n"
+     "    time.sleep(20)\n    print('lost', flush=True)\n", "held\n")], ids=["swallowed in a callback", "held"])
+def test_a_signal_is_not_lost(program, said, tmp_path):
+    """Python swallows what a handler raises inside __del__ or at a fork: the signal comes again."""
+    path = tmp_path / "program.py"
+    path.write_text(f"import os, signal, time\nimport config\n{program}config.run_main(main)\n")
+    done = script(path)
+    assert done.returncode == 143 and done.stdout == said, done.stdout + done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("stopped by SIGTERM")
+
+
 def test_two_runs_in_one_folder_and_kill_9_frees_it(tmp_path, config):
     """The second names the first; what the first one's death leaves is no obstacle."""
     first = Started("train_stage1.py", "--config", config, "--run", tmp_path, "--steps", 3000, "--workers", 2)
