@@ -71,7 +71,7 @@ def test_the_tables_are_what_their_sources_say():
     assert done.returncode == 0 and "differ: none" in done.stdout, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [pytest.param(one, marks=pytest.mark.slow) if one.startswith("bash run_all_stages.sh configs/") else one for one in COMMANDS])
 def test_readme_command(command, copy):
     if command.startswith("sudo apt-get"):
         pytest.skip("installs a system package")
