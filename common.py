@@ -211,6 +211,7 @@ def save_memory(unet: nn.Module, cfg) -> None:
                                               compute_dtype=torch.bfloat16, quant_type="nf4")
             held.load_state_dict(linear.state_dict())
             held.requires_grad_(False)
+            held.support_avx512bf16_for_cpu = False  # else, on CPUs with it, a pass in eval mode packs the weight for a kernel without gradients
             unet.set_submodule(name, held.to(linear.weight.device))  # which packs the weight
         unet.is_loaded_in_4bit = True  # what peft asks before it puts LoRA on a Linear4bit
     if cfg.checkpointing != "none":

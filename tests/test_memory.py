@@ -88,6 +88,20 @@ def test_four_bit_weights_are_the_plain_ones_rounded_to_qloras_sixteen_levels():
     assert all(p.dtype == torch.float32 and p.requires_grad for p in lora.tensors.values())
 
 
+def test_four_bit_weights_pass_gradients_on_after_a_validation():
+    """bitsandbytes packs a 4-bit weight for a kernel without gradients in eval mode, where the CPU has AVX512-BF16."""
+    parts = adapted(frozen_dtype="nf4")
+    batch, tokens = inputs(parts[0], 2), torch.randn(2, 8, parts[0].config.cross_attention_dim, generator=torch.Generator().manual_seed(1))
+    batch = {key: value.bfloat16() if value.is_floating_point() else value for key, value in batch.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        before = gradients(*parts, batch, [])
+        parts[0].eval()
+        with torch.inference_mode():
+            parts[0](batch["noisy_latents"], batch["timesteps"], (batch["text_tokens"], tokens))
+        after = gradients(*parts, batch, [])
+    assert all(g.any() for g in before) and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
 def test_settings_that_save_memory_work_together_and_resume_bit_for_bit(config, run, tmp_path):
     """A stage 2 with all of them, unbroken; then from its middle checkpoint, in the same folder, again."""
     flags = ["--config", config, "--steps", 4, "--save-every", 2, "--validate-every", 4, "--samples", 0, "--workers", 0,
