@@ -5,6 +5,7 @@ A checkpoint is one safetensors file with every registered object and a JSON hea
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -383,6 +384,9 @@ class StopSignal:
     def _handle(self, signum: int, frame) -> None:
         if not self.signum:
             self.signum, self._at = signum, time.monotonic()
+            if parallel.first():
+                with contextlib.suppress(OSError):  # the terminal may be what went away
+                    os.write(2, f"\n{signal.Signals(signum).name}: saving after this step or validation; a second one ends at once\n".encode())
         elif time.monotonic() - self._at > 1:  # one Ctrl-C can arrive twice: from the terminal and from a parent script
             os._exit(128 + signum)
 

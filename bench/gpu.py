@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
             own += ["--init-from", str(place / f"run/stage{stage - 1}")] if stage > 1 else []
             own += ["--min-steps", str(steps), "--away-steps", str(steps + 1)] if stage == 3 else []
             try:
-                row = time_stage(stage, own, args, at_end)
+                row, _ = time_stage(stage, own, args, at_end)
             except torch.OutOfMemoryError:
                 too_large.add((stage, *more))
                 rows.append({"stage": stage, "batch": batch, "setting": " ".join(more) or "bf16", "ratio to bare": "out of memory"})

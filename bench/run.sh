@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every benchmark that a CPU can do, one after another, into bench/results/ (about two hours on two cores; leave the machine
+# Every benchmark that a CPU can do, one after another, into bench/results/ (about two and a half hours on two cores; leave the machine
 # alone meanwhile). What the tables of the README are made from.
 #
 #   bash bench/run.sh                  # the few-step table needs the default run: bash run_all_stages.sh
@@ -20,6 +20,8 @@ if [ "${1-}" = "--smoke" ]; then
     "$PYTHON" bench/cache.py --clips 16 --rows 2000 --repeats 1 --steps 3
     "$PYTHON" bench/startup.py --repeats 1
     "$PYTHON" bench/generation.py --only time --steps 2 --repeats 1
+    "$PYTHON" bench/kill_sweep.py --kills 4
+    "$PYTHON" bench/long_run.py --steps 100
     exit
 fi
 sd15="--sd15 --models $work/sd15"
@@ -35,3 +37,5 @@ sd15="--sd15 --models $work/sd15"
 "$PYTHON" bench/memory.py $sd15 --image-size 128 --batch-size 1 --steps 3 --only plain "frozen bf16" "frozen nf4" "bf16, checkpointing all" \
     "nf4, 8-bit, checkpointing all"
 "$PYTHON" bench/generation.py
+"$PYTHON" bench/kill_sweep.py
+"$PYTHON" bench/long_run.py

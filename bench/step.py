@@ -6,10 +6,13 @@
 The real main() runs; after every `--block` of its steps as many bare steps follow, on the same UNet, adapter, optimizer
 and batch size, with tensors that lie ready. So both see the same machine at the same time, in turns. The ratio is that of
 neighbouring blocks; the first pair is a warm-up. Loader processes may fetch a few batches ahead during bare steps.
+
+A second table, loop-*, says where the difference goes: the time inside each part of the loop that the bare step does not have.
 """
 
 from __future__ import annotations
 
+import statistics
 import sys
 import tempfile
 import time
@@ -36,12 +39,61 @@ def build_parser():
     return parser
 
 
+PARTS = {  # of the loop, beside the bare step: (module, name) of the calls that are timed
+    "fetch the batch": (("features", "make_loader"),),
+    "seed, draw, drop": (("common", "Draws"), ("common.Draws", "normal"), ("common.Draws", "integers"), ("common", "draw_latents"),
+                         ("common", "draw_timesteps"), ("common", "draw_window"), ("common", "drop_conditions")),
+    "noisy latents, target, weights": (("diffusers.DDPMScheduler", "add_noise"), ("common", "diffusion_target"), ("common", "min_snr_weights")),
+    "finite?": (("common.FiniteCheck", "__call__"),),
+    "bar and log": (("common", "log_step"),),
+}
+
+
+class Parts:
+    """While entered, adds up the seconds inside each of PARTS; of calls inside one another the outer one counts."""
+
+    def __init__(self):
+        self.seconds, self.inside, self.plain = dict.fromkeys(PARTS, 0.0), False, []
+
+    def timed(self, part: str, function):
+        def call(*arguments, **options):
+            if self.inside:
+                return function(*arguments, **options)
+            self.inside, began = True, time.perf_counter()
+            try:
+                return function(*arguments, **options)
+            finally:
+                self.inside = False
+                self.seconds[part] += time.perf_counter() - began
+        return call
+
+    def batches(self, part: str, make):
+        def made(*arguments):
+            ready = self.timed(part, iter(make(*arguments)).__next__)
+            return iter(ready, object())  # for ever: the stage knows when it has enough
+        return made
+
+    def __enter__(self):
+        for part, calls in PARTS.items():
+            for place, name in calls:
+                module, _, kind = place.partition(".")
+                owner = getattr(__import__(module), kind) if kind else __import__(module)
+                self.plain.append((part, owner, name, getattr(owner, name)))
+        for part, owner, name, plain in self.plain:
+            setattr(owner, name, (self.batches if name == "make_loader" else self.timed)(part, plain))
+        return self
+
+    def __exit__(self, *exc) -> None:
+        for _, owner, name, plain in self.plain:
+            setattr(owner, name, plain)
+
+
 class Times:
     """Watches a stage from its own calls: takes its parts as they are made, and runs bare steps between its blocks."""
 
-    def __init__(self, args, torch, at_end):
-        self.args, self.torch, self.at_end = args, torch, at_end
-        self.steps, self.ours, self.bare, self.began = 0, [], [], None
+    def __init__(self, args, torch, at_end, counted: Parts):
+        self.args, self.torch, self.at_end, self.counted = args, torch, at_end, counted
+        self.steps, self.ours, self.bare, self.parts, self.began = 0, [], [], [], None
 
     def now(self) -> float:
         if self.torch.cuda.is_available() and self.args.device != "cpu":
@@ -64,6 +116,8 @@ class Times:
             return
         if self.began is not None:
             self.ours.append((self.now() - self.began) / self.args.block)
+            self.parts.append({part: seconds / self.args.block for part, seconds in self.counted.seconds.items()})
+        self.counted.seconds = dict.fromkeys(PARTS, 0.0)
         self.began = self.now()
         for _ in range(self.args.block):
             self.bare_step()
@@ -75,13 +129,21 @@ class Times:
         self.began = self.now()
 
 
-def time_stage(stage: int, flags: list[str], args, at_end=None) -> dict:
-    """Seconds per step of a stage's script and of the bare step, by block; at_end(times) is called after the last step."""
+def time_stage(stage: int, flags: list[str], args, at_end=None) -> tuple[dict, dict]:
+    """Seconds per step of a stage's script and of the bare step, by block, and milliseconds in each of PARTS.
+
+    at_end(times) is called after the last step.
+    """
+    with Parts() as counted:
+        return _time_stage(stage, flags, args, at_end, counted)
+
+
+def _time_stage(stage: int, flags: list[str], args, at_end, counted: Parts) -> tuple[dict, dict]:
     import torch
 
     import common
     import parallel
-    times = Times(args, torch, at_end)
+    times = Times(args, torch, at_end, counted)
     plain = {"wrap": parallel.wrap, "log_step": common.log_step, "device": common.pick_device,
              "clip": torch.nn.utils.clip_grad_norm_, "adam": torch.optim.Adam, "adamw": common.make_adamw}
 
@@ -123,8 +185,11 @@ def time_stage(stage: int, flags: list[str], args, at_end=None) -> dict:
         parallel.wrap, common.log_step, common.pick_device = plain["wrap"], plain["log_step"], plain["device"]
         torch.nn.utils.clip_grad_norm_, torch.optim.Adam, common.make_adamw = plain["clip"], plain["adam"], plain["adamw"]
     pairs = list(zip(times.ours, times.bare[1:]))[1:]  # ours, then the bare block after it; the first is a warm-up
-    return {"stage": stage, "pairs": len(pairs), "script, s a step": spread([ours for ours, _ in pairs]),
-            "bare step, s": spread([bare for _, bare in pairs]), "ratio": spread([ours / bare for ours, bare in pairs])}
+    added = 1000 * statistics.median(ours - bare for ours, bare in pairs)
+    parts = {part: 1000 * statistics.median(seconds[part] for seconds in times.parts[1:]) for part in PARTS}
+    return ({"stage": stage, "pairs": len(pairs), "script, s a step": spread([ours for ours, _ in pairs]),
+             "bare step, s": spread([bare for _, bare in pairs]), "ratio": spread([ours / bare for ours, bare in pairs])},
+            {"stage": stage, "the loop adds, ms": added, **parts, "the rest": added - sum(parts.values())})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -138,17 +203,20 @@ def main(argv: list[str] | None = None) -> None:
                  *models(args, place), "--image-size", str(args.image_size), "--precision", args.precision, "--frozen-dtype", args.frozen_dtype,
                  "--device", args.device, "--batch-size", str(args.batch_size), "--workers", str(args.workers), "--validate-every", "0",
                  "--val-draws", "1", "--samples", "0", "--save-every", "1000000"]
-        rows = []
+        rows, parts = [], []
         for stage in range(1, max(args.stages) + 1):
             n = steps if stage in args.stages else 1
             more = ["--steps", str(n)] + (["--min-steps", str(n), "--away-steps", str(n + 1)] if stage == 3 else [])
             if stage in args.stages:
-                rows.append(time_stage(stage, flags + more, args))
+                for table, row in zip((rows, parts), time_stage(stage, flags + more, args), strict=True):
+                    table.append(row)
             else:
                 __import__(f"train_stage{stage}").main([*flags, *more, "--name", f"stage{stage}"])
     about = (f"batch {args.batch_size}, {args.image_size} px, {args.precision}, blocks of {args.block} steps in turns; median [lowest, highest] "
              "of the pairs")
-    write_results(f"step-{'sd15' if args.sd15 else 'tiny'}", "step.py", argv, about, rows, args.device)
+    kind = "sd15" if args.sd15 else "tiny"
+    write_results(f"step-{kind}", "step.py", argv, about, rows, args.device)
+    write_results(f"loop-{kind}", "step.py", argv, "the same run; milliseconds a step, medians of the blocks", parts, args.device)
 
 
 if __name__ == "__main__":

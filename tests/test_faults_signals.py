@@ -109,7 +109,7 @@ def test_a_second_signal_ends_at_once(tmp_path, world, config):
     when(process, "starting at step 0")
     process.send_signal(TERM)
     time.sleep(1.2)
-    assert process.poll() is None  # it validates still
+    assert process.poll() is None and "SIGTERM: saving after this step or validation; a second one ends at once" in process.said()  # it validates still
     began = time.time()
     process.send_signal(TERM)
     done = process.end(30)

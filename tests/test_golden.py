@@ -14,7 +14,7 @@ import pytest
 from conftest import BASE, CLAP, ROOT, ok, script
 
 GOLDEN = ROOT / "tests/golden.json"
-TOLERANCE = 2e-3  # relative; another processor rounds otherwise, by 1e-5 or so after 20 steps
+TOLERANCE = 2e-3  # relative; another processor rounds otherwise, of which 20 of Adam's steps make 1e-4
 STAGES = ("stage1", "stage2", "stage3")
 
 
@@ -23,7 +23,7 @@ def settings(place: Path, world: Path) -> Path:
     config.write_text(json.dumps({
         "common": {"run": str(place / "run"), "data_root": str(world), "cache_dir": str(place / "cache"), "base_model": str(BASE), "clap_model": str(CLAP),
                    "batch_size": 4, "precision": "fp32", "val_draws": 1, "val_clips": 2, "samples": 0, "log_every": 1, "validate_every": 0},
-        "stage1": {"steps": 20, "learning_rate": 1e-3, "warmup_steps": 2, "min_snr_gamma": 5.0}, "stage2": {"steps": 20, "learning_rate": 1e-3}, "stage3": {"steps": 20, "learning_rate": 0.1}}))
+        "stage1": {"steps": 20, "learning_rate": 3e-4, "warmup_steps": 2, "min_snr_gamma": 5.0}, "stage2": {"steps": 20, "learning_rate": 3e-4}, "stage3": {"steps": 20, "learning_rate": 0.1}}))
     return config
 
 
@@ -33,16 +33,26 @@ def losses(folder: Path) -> list[float]:
 
 
 def differs(found: list[float], golden: list[float]) -> float:
-    """The largest relative difference of a step's loss."""
+    """Mean difference of the steps' losses, relative to their mean; single steps of small loss differ more between processors."""
     assert len(found) == len(golden) == 20
-    return max(abs(a - b) / b for a, b in zip(found, golden))
+    return sum(abs(a - b) for a, b in zip(found, golden)) / sum(golden)
+
+
+def begun(config: Path, stage: str) -> list:
+    """Flags that let a stage begin from one step of the stage before: what 20 steps have rounded would be in every loss."""
+    return ["--init-from", config.parent / "begun" / f"stage{int(stage[-1]) - 1}"] if stage != "stage1" else []
+
+
+def train(config: Path) -> None:
+    for run, more in (("begun", ["--steps", 1]), ("run", [])):
+        for stage in STAGES:
+            ok(script(f"train_{stage}.py", "--config", config, "--run", config.parent / run, *begun(config, stage), *more))
 
 
 @pytest.fixture(scope="module")
 def trained(world, tmp_path_factory) -> Path:
     config = settings(tmp_path_factory.mktemp("golden"), world)
-    for stage in STAGES:
-        ok(script(f"train_{stage}.py", "--config", config))
+    train(config)
     return config
 
 
@@ -74,8 +84,7 @@ def test_a_broken_stage_is_told_from_the_golden_one(what, stage, flags, file, te
             assert text in content, f"{file} no longer says {text}"
             content = content.replace(text, other)
         (tmp_path / path.name).write_text(content)
-    before = ["--init-from", trained.parent / "run" / f"stage{int(stage[-1]) - 1}"] if stage != "stage1" else []
-    ok(script(tmp_path / f"train_{stage}.py", "--config", trained, "--run", tmp_path / "run", *before, *flags))
+    ok(script(tmp_path / f"train_{stage}.py", "--config", trained, "--run", tmp_path / "run", *begun(trained, stage), *flags))
     assert differs(losses(tmp_path / "run" / stage), json.loads(GOLDEN.read_text())[stage]) > 5 * TOLERANCE, what
 
 
@@ -84,6 +93,5 @@ if __name__ == "__main__":
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
     ok(script("prepare_data.py", "world", "--out", place / "world", "--train", 40, "--val", 20, "--test", 10))
-    for stage in STAGES:
-        ok(script(f"train_{stage}.py", "--config", settings(place, place / "world")))
+    train(settings(place, place / "world"))
     GOLDEN.write_text(json.dumps({stage: losses(place / "run" / stage) for stage in STAGES}, indent=1) + "\n")

@@ -47,7 +47,7 @@ def test_ablations_run_small(tmp_path):
     assert results["variants"]["tokens-1"]["measures"]["iis_cosine"]["difference"][0] != 0
 
 
-@pytest.mark.parametrize("name, tables", [("run", 7), ("gpu", 5)])
+@pytest.mark.parametrize("name, tables", [("run", 10), ("gpu", 5)])
 def test_benchmarks_run_small(name, tables):
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = ok(subprocess.run(["bash", f"bench/{name}.sh", "--smoke"], cwd=ROOT, env={**os.environ, "PATH": path}, capture_output=True, text=True))

@@ -28,8 +28,8 @@ BLOCKS = {"faults": ("tests/faults.py", "", ""), "stages": ("runs/tiny/report.md
           "tuxpaint": ("runs/tuxpaint/report.md", "| after", "| tanh(gate)"),
           "small-models": ("assets/tiny/report.md", "| what", ""), "ablations": ("ablations/results.md", "", ""),
           **{f"bench-{name}": (f"bench/results/{name}-CPU.md", "", "") for name in (
-              "step-tiny", "step-sd15", "peer-sd15", "cache-build-tiny", "cache-rows", "startup-tiny", "generation-tiny", "few-steps", "peer-tiny",
-              "memory-sd15-512-1", "memory-sd15-128-1", "memory-tiny-64-8", "kill-sweep")}}
+              "step-tiny", "loop-tiny", "step-sd15", "peer-sd15", "cache-build-tiny", "cache-rows", "startup-tiny", "generation-tiny", "few-steps", "peer-tiny",
+              "memory-sd15-512-1", "memory-sd15-128-1", "memory-tiny-64-8", "kill-sweep", "long-run")}}
 
 PICTURES = {"samples.png": "runs/tiny/samples.png", "sweep.png": "runs/tiny/stage3/sweep.png",
             "tuxpaint.png": "runs/tuxpaint/samples.png"}
