@@ -18,7 +18,7 @@ from bench_tools import call, model_flags, models, spread, watched, write_result
 
 from config import Number, UserError, new_parser, run_main
 
-SMALL = ["--frozen-dtype", "nf4", "--adam-8bit", "--checkpointing", "all", "--channels-last"]
+SMALL = ["--frozen-dtype", "nf4", "--adam-8bit", "--checkpointing", "all"]
 SETTINGS = {
     "plain": [],
     "frozen bf16": ["--frozen-dtype", "bf16"],

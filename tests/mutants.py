@@ -3,11 +3,11 @@
     python tests/mutants.py data       # the project is copied; the copy is broken in one place at a time and the rows run there
     python tests/mutants.py config
     python tests/mutants.py runs
+    python tests/mutants.py signals
 
-Broken are, in turn, the lines of CHANGES (they are changed) and every `raise` of the modules below whose words a row waits for, or
-that has none of its own (it is taken out). A mutant that
-turns the control row red as well breaks everything, and counts for nothing. A row that was red is not run again. (The signals of
-test_faults_signals.py were broken by hand.)
+Broken are, in turn, every `raise` of the modules below whose words a row waits for, or that has none of its own (it is taken out; for
+runs, where a row takes seconds, only the former), and the lines of CHANGES (they are changed). A mutant that
+turns both control rows red breaks everything, and counts for nothing. A row that was red is not run again.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 TARGETS = {"data": ("data.py", "prepare_data.py"), "config": ("config.py", "pretrained.py"),
            "runs": ("runs.py", "config.py", "features.py", "common.py", "pretrained.py", "generate.py", "stock.py", "evaluate.py", "report.py",
-                    "prepare_data.py", "sound_world.py", "data.py")}
+                    "prepare_data.py", "data.py"), "signals": ()}
 CONTROLS = {"data": ("spaces in a name", "silence"), "config": ("a word for a number", "an empty config"),
-            "runs": ("the same command again when all is done", "a sound that is missing")}
+            "runs": ("the same command again when all is done", "a sound that is missing"),
+            "signals": ("test_what_torch_and_the_system_raise_ends_in_one_sentence[memory]", "test_what_torch_and_the_system_raise_ends_in_one_sentence[disk]")}
 CHANGES = {  # (module, what stands there, what it becomes)
     "data": [
         ("data.py", "soxr.resample(mono.astype(np.float32), rate, sampling_rate)", "mono.astype(np.float32)"),
@@ -76,40 +77,61 @@ CHANGES = {  # (module, what stands there, what it becomes)
         ("features.py", "except (OSError, SafetensorError, ValueError, RecursionError):", "except OSError:"),
         ("features.py", "if len(bad) > limit * total:", "if bad:"),
         ("common.py", "finite = bool(torch.isfinite(loss + grad_norm))", "finite = True"),
+    ],
+    "signals": [
+        ("config.py", "        signal.signal(signum, _raise_stopped)\n    if", "        pass\n    if"),
+        ("config.py", "code, message = 128 + error.signum, str(error)", "code, message = 128 + error.signum, 'error: stopped'"),
+        ("config.py", "                child.kill()", "                pass"),
+        ("config.py", "signal.setitimer(signal.ITIMER_REAL, 0.5)", "pass"),
+        ("config.py", "        os.kill(os.getpid(), came[0])", "        pass"),
+        ("config.py", 'if type(error).__name__ == "OutOfMemoryError":', "if False:"),
+        ("config.py", "if error.errno not in DISK_FULL:\n            raise\n        code", "if True:\n            raise\n        code"),
+        ("runs.py", "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
+        ("runs.py", "os._exit(128 + signum)", "pass"),
+        ("runs.py", "        raise Stopped(signum, f", "        (signum, f"),
+        ("features.py", 'if "DataLoader worker" not in str(error):', "if True:"),
+        ("features.py", "signal.signal(signum, signal.SIG_IGN)", "pass"),
+        ("prepare_data.py", "except BrokenProcessPool:", "except ZeroDivisionError:"),
+        ("prepare_data.py", "pool.shutdown(cancel_futures=True)", "pool.shutdown()"),
+        ("run_all_stages.sh", "    local code=0\n", "    return\n    local code=0\n"),
+        ("train_stage1.py", "with runs.StopSignal() as stop,", "import types, contextlib; stop = types.SimpleNamespace(signum=0)\n    with contextlib.nullcontext(),"),
     ]}
 
 
-def taken_out(source: str, sentences: list[str]):
-    """(where, source) for every raise statement that says a part of one of the sentences, or what a variable holds."""
+def taken_out(source: str):
+    """(where, source, the words it said) for every raise statement."""
     lines = source.splitlines(keepends=True)
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Raise):
             said = "".join(part.value for part in ast.walk(node) if isinstance(part, ast.Constant) and isinstance(part.value, str))
-            if said and all(SequenceMatcher(None, said, one, False).find_longest_match().size < 12 for one in sentences):
-                continue
             first = lines[node.lineno - 1]
             mutated = [*lines[:node.lineno - 1], first[:node.col_offset] + "pass\n", *lines[node.end_lineno:]]
-            yield f"line {node.lineno}: {first.strip()[:90]}", "".join(mutated)
+            yield f"line {node.lineno}: {first.strip()[:90]}", "".join(mutated), said
 
 
 def mutants(target: str, left: dict[str, str]):
-    """(module, what was done, its source) in turn; `left` holds the rows that were not red yet and their sentences."""
+    """(module, what was done, its source, rows that may notice) in turn; `left`: the rows that were not red yet and their sentences."""
+    for module in TARGETS[target]:
+        for where, source, said in taken_out((ROOT / module).read_text()):
+            matching = {row for row, says in left.items() if SequenceMatcher(None, said, says, False).find_longest_match().size >= 12}
+            if matching or not said and target != "runs":
+                yield module, where, source, matching or set(left)
     for module, old, new in CHANGES[target]:
         source = (ROOT / module).read_text()
         assert source.count(old) == 1, f"{module}: {old!r} stands there {source.count(old)} times"
-        yield module, f"{old.strip()[:60]} -> {new.strip()[:60]}", source.replace(old, new)
-    for module in TARGETS[target]:
-        for where, source in taken_out((ROOT / module).read_text(), [*left.values()]):
-            yield module, where, source
+        yield module, f"{old.strip()[:60]} -> {new.strip()[:60]}", source.replace(old, new), set(left)
 
 
 def red_rows(place: Path, test: str, rows: set[str]) -> set[str]:
-    """The rows that fail there."""
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider",
-                           *(f"{test}::test_case[{row}]" for row in sorted(rows))], cwd=place, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(place), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "1000"})
+    """The tests that fail there."""
+    done = pytest(place, "-rfE", "--tb=no", "-m", "not slow", *(f"{test}::{row}" for row in sorted(rows)))
     assert done.returncode in (0, 1), done.stdout + done.stderr
-    return {row for row in rows if re.search(rf"^(?:FAILED|ERROR) {re.escape(f'{test}::test_case[{row}]')}", done.stdout, re.MULTILINE)}
+    return {row for row in rows if re.search(rf"^(?:FAILED|ERROR) {re.escape(f'{test}::{row}')}", done.stdout, re.MULTILINE)}
+
+
+def pytest(place: Path, *args: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *args], cwd=place, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(place), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "1000"})
 
 
 def main() -> None:
@@ -122,15 +144,18 @@ def main() -> None:
         for name in subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
             (place / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, place / name)
-        rows = {str(case): case.says for case in import_module(test.removeprefix("tests/").removesuffix(".py")).CASES}
-        controls, left, red = set(CONTROLS[args.target]), dict(rows), {}
+        if args.target == "signals":
+            listed = pytest(place, "--collect-only", "-m", "not slow", test).stdout
+            rows, controls = dict.fromkeys(re.findall(r"::(test_.*)$", listed, re.MULTILINE), ""), set(CONTROLS["signals"])
+        else:
+            rows = {f"test_case[{case}]": case.says for case in import_module(test.removeprefix("tests/").removesuffix(".py")).CASES}
+            controls = {f"test_case[{fault}]" for fault in CONTROLS[args.target]}
+        left, red = dict(rows), {}
         assert controls <= rows.keys() and not red_rows(place, test, controls), "the controls fail in the unbroken code"
-        for module, what, source in mutants(args.target, left):
-            if not left:
-                break
+        for module, what, source, rows_now in mutants(args.target, left):
             plain = (place / module).read_text()
             (place / module).write_text(source)
-            found = red_rows(place, test, left.keys() | controls)
+            found = red_rows(place, test, rows_now | controls)
             (place / module).write_text(plain)
             new = found & left.keys() if controls - found else set()  # a control that is red itself is judged by the other one
             for row in new:
