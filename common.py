@@ -6,6 +6,7 @@ Shapes: B samples, N audio tokens, D width of the UNet's cross-attention (768 fo
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import resource
@@ -24,6 +25,8 @@ from metrics import interval
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.bfloat16}  # nf4: what is not held in 4 bits
 VALIDATED = ("val_right", "val_silence", "val_other", "silence_minus_right", "other_minus_right")
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on some CPUs it says that an optional package is missing
 
 
 class LogMel:
