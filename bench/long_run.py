@@ -42,8 +42,9 @@ def main(argv: list[str] | None = None) -> None:
         subprocess.run([sys.executable, ROOT / "prepare_data.py", "world", "--out", place / "world", "--train", "200", "--val", "8", "--test", "2"], check=True)
         flags = ["--run", place / "run", "--data-root", place / "world", "--cache-dir", place / "cache", "--steps", args.steps, "--batch-size", 1,
                  "--precision", "fp32", "--val-draws", 1, "--samples", 0, "--num-tokens", 1]
+        began = time.time()
         process = subprocess.Popen([sys.executable, ROOT / "bench/watch.py", place / "seen.json", ROOT / "train_stage1.py", *map(str, flags)], cwd=ROOT,
-                                   env={**os.environ, "WATCH_BEGAN": str(time.time())})
+                                   env={**os.environ, "WATCH_BEGAN": str(began)})
         log, memory, checkpoints = place / "run/stage1/log.jsonl", [], []
         while process.poll() is None:
             if log.exists() and log.stat().st_size:
@@ -59,11 +60,12 @@ def main(argv: list[str] | None = None) -> None:
         seconds = np.diff(steps)
         size = {name: (place / "run/stage1" / name).stat().st_size for name in ("log.txt", "log.jsonl")}
         part = max(1, args.steps // 20)
+        memory = [(at, mb) for at, mb in memory if at <= began + steps[-1]]
         half = memory[len(memory) // 2:]
         slope = np.polyfit([at for at, _ in half], [mb for _, mb in half], 1)[0] * (steps[-1] - steps[0]) / args.steps * 1000
         rows = [{"steps": args.steps, "memory at the start, MB": round(memory[min(5, len(memory) - 1)][1]), "halfway": round(half[0][1]), "at the end": round(half[-1][1]),
                  "slope of the second half, MB per 1,000 steps": round(slope, 3), "log.jsonl, bytes a step": round(size["log.jsonl"] / args.steps, 1),
-                 "log.txt, MB": round(size["log.txt"] / 1e6, 2), "checkpoints at most": max(checkpoints),
+                 "log.txt, bytes a step": round(size["log.txt"] / args.steps, 1), "checkpoints at most": max(checkpoints),
                  f"s a step, first {part}": round(statistics.median(seconds[:part]), 5), f"last {part}": round(statistics.median(seconds[-part:]), 5),
                  "last of first": round(statistics.median(seconds[-part:]) / statistics.median(seconds[:part]), 3)}]
         rows = [{"what": what, "value": value} for what, value in rows[0].items()]
