@@ -95,6 +95,7 @@ CHANGES = {  # (module, what stands there, what it becomes, and a pattern for th
         ("config.py", "if error.errno not in DISK_FULL:\n            raise\n        code", "if True:\n            raise\n        code", "sentence"),
         ("runs.py", "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass", "two_runs"),
         ("runs.py", "os._exit(128 + signum)", "pass", "second"),
+        ("runs.py", "            self.signum, self._at = signum", "            os._exit(3)\n            self.signum, self._at = signum", "save"),
         ("features.py", 'if "DataLoader worker" not in str(error):', "if True:", "loader"),
         ("config.py", '"DataLoader worker" in str(error)', "False", "loader"),
         ("prepare_data.py", "except BrokenProcessPool:", "except ZeroDivisionError:", "process_of_the_data"),
