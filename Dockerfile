@@ -4,7 +4,7 @@
 FROM python:3.11-slim
 WORKDIR /app
 ENV HF_HOME=/hf PYTHONUNBUFFERED=1
-RUN apt-get update && apt-get install -y --no-install-recommends git && rm -rf /var/lib/apt/lists/*
+RUN apt-get update && apt-get install -y --no-install-recommends git g++ && rm -rf /var/lib/apt/lists/*
 COPY requirements.txt .
 RUN pip install --no-cache-dir torch==2.13.0 && pip install --no-cache-dir -r requirements.txt
 COPY . .

@@ -210,8 +210,9 @@ def save_memory(unet: nn.Module, cfg) -> None:
         import bitsandbytes
         linears = {name: module for name, module in unet.named_modules() if isinstance(module, nn.Linear) and "attentions." in name}
         for name, linear in linears.items():
-            held = bitsandbytes.nn.Linear4bit(linear.in_features, linear.out_features, linear.bias is not None,
-                                              compute_dtype=torch.bfloat16, quant_type="nf4")
+            with torch.random.fork_rng(devices=[]):  # it draws weights that nobody needs; LoRA's shall be those of a plain run
+                held = bitsandbytes.nn.Linear4bit(linear.in_features, linear.out_features, linear.bias is not None,
+                                                  compute_dtype=torch.bfloat16, quant_type="nf4")
             held.load_state_dict(linear.state_dict())
             held.requires_grad_(False)
             held.support_avx512bf16_for_cpu = False  # else, on CPUs with it, a pass in eval mode packs the weight for a kernel without gradients
@@ -428,11 +429,12 @@ def min_snr_weights(scheduler, timesteps: Tensor, gamma: float) -> Tensor:
 class FiniteCheck:
     """Decides whether a step may be taken, and ends the run after three in a row that may not."""
 
-    def __init__(self, log: runs.Logger, warn_above: float = 100.0):
-        self.log, self.warn_above, self.in_a_row = log, warn_above, 0
+    def __init__(self, log: runs.Logger, sample_ids, warn_above: float = 100.0):
+        """sample_ids(step): the samples of a step."""
+        self.log, self.sample_ids, self.warn_above, self.in_a_row = log, sample_ids, warn_above, 0
 
-    def __call__(self, step: int, loss: Tensor, grad_norm: Tensor, sample_ids: list[str]) -> bool:
-        """True if loss and gradient norm are finite. This is the step's one wait for the device.
+    def __call__(self, step: int, loss: Tensor, grad_norm: Tensor) -> bool:
+        """True if loss and gradient norm are finite, for which it waits until the device has computed them.
 
         Raises:
             RunFailed: three steps in a row were not finite.
@@ -441,7 +443,7 @@ class FiniteCheck:
         self.in_a_row = 0 if finite else self.in_a_row + 1
         if not finite:
             self.log.text(f"step {step}: loss {float(loss):g}, gradient norm {float(grad_norm):g}: update skipped; "
-                          f"samples {', '.join(sample_ids)}")
+                          f"samples {', '.join(self.sample_ids(step))}")
         elif grad_norm > self.warn_above:
             self.log.text(f"step {step}: gradient norm {float(grad_norm):.1f} is above {self.warn_above:g}")
         if self.in_a_row == 3:

@@ -351,7 +351,7 @@ def run_main(main) -> None:
     except RuntimeError as error:  # torch raises these two from anywhere; their names need no import of torch
         if type(error).__name__ == "OutOfMemoryError":
             message = ("error: the GPU is out of memory; checkpoints are intact; lower --batch-size and raise --accumulation "
-                       "by the same factor, lower --val-batch-size, or add --frozen-dtype nf4 --checkpointing all")
+                       "by the same factor, lower --val-batch-size, or add --checkpointing all or --frozen-dtype nf4, with --allow-changed")
         elif type(error).__name__ in ("DistBackendError", "DistNetworkError") or "closed by peer" in str(error):
             message = "error: another process of this run has ended; its own message says why"
         elif "DataLoader worker" in str(error):

@@ -62,10 +62,10 @@ class _Loader(DataLoader):
                             "or of shared memory: use Docker's --shm-size=8g or --workers 0") from None
 
 
-def _loader(dataset: Dataset, batch_sampler, workers: int, pin: bool = False, **options) -> DataLoader:
+def _loader(dataset: Dataset, batch_sampler, workers: int, **options) -> DataLoader:
     if workers:
         options |= {"prefetch_factor": 2, "worker_init_fn": _start_worker}
-    return _Loader(dataset, batch_sampler=batch_sampler, num_workers=workers, pin_memory=pin, **options)
+    return _Loader(dataset, batch_sampler=batch_sampler, num_workers=workers, **options)
 
 
 class _Decode(Dataset):
@@ -503,7 +503,13 @@ class StepSampler(Sampler):
         return max(0, self.stop - self.start)
 
 
-def make_loader(dataset: Dataset, batch_size: int, seed: int, start: int, stop: int, workers: int) -> DataLoader:
+def sample_ids(dataset: AudioImageDataset, cfg, step: int) -> list[str]:
+    """The samples of an optimizer step, in all its micro-steps and processes."""
+    return [dataset.rows[i]["id"] for micro in range(cfg.accumulation) for i in batch_indices(
+        len(dataset), cfg.batch_size * parallel.world(), cfg.seed, step * cfg.accumulation + micro)]
+
+
+def make_loader(dataset: Dataset, batch_size: int, seed: int, start: int, stop: int, workers: int, device: torch.device) -> DataLoader:
     """This process's share of the batches of micro-steps [start, stop); the same bits for any number of workers.
 
     Raises:
@@ -515,8 +521,8 @@ def make_loader(dataset: Dataset, batch_size: int, seed: int, start: int, stop: 
         raise UserError(f"{where} has {len(dataset)} usable rows, fewer than a batch of {batch_size * share[1]}; "
                         "add rows or lower --batch-size")
     sampler = StepSampler(len(dataset), batch_size, seed, start, stop, share)
-    workers = workers if workers >= 0 else 2 if torch.cuda.is_available() else 0
-    return _loader(dataset, sampler, workers, torch.cuda.is_available(), persistent_workers=workers > 0)
+    workers = workers if workers >= 0 else 2 if device.type == "cuda" else 0
+    return _loader(dataset, sampler, workers, persistent_workers=workers > 0)
 
 
 def open_splits(cfg, base: Path, clap: Path, device) -> tuple[AudioImageDataset, AudioImageDataset]:

@@ -25,7 +25,6 @@ from pathlib import Path
 from config import GUIDANCE, SCHEDULERS, Number, UserError, new_parser, read_json, run_main, write_atomic
 
 STAGES = ("stage3", "stage2", "stage1")
-BATCH = 16  # pictures at once
 MOST_PICTURES = 400
 AUDIO_SCALE, STRENGTH = 1.0, 0.6
 
@@ -80,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="run or stage folder (its adapter.safetensors), or an adapter file (default: runs/tiny)")
     add("--base-model", default="", help="another base model for the same adapter ('' = the one it was trained with)")
     add("--clap-model", default="", help="where the adapter's CLAP lies now ('' = where it was in training)")
+    add("--batch-size", type=Number(int, 1), default=16, help="pictures made at once (default: 16)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto = CUDA if torch sees it")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="type the models are held and run in")
     return parser
@@ -395,17 +395,17 @@ def write_attention(path: Path, image, maps: dict, settings: dict) -> None:
 
 
 def draw(args: argparse.Namespace, pipe, audio_embeds, seeds: list[int], **call) -> tuple[list, list]:
-    """The pictures of audio_embeds (B, E), at most BATCH at once, and with --attention-map the maps of each."""
+    """The pictures of audio_embeds (B, E), at most --batch-size at once, and with --attention-map the maps of each."""
     from contextlib import nullcontext
 
     import attention
     import stock
     images, maps = [], []
-    for at in range(0, len(seeds), BATCH):
-        embeds = audio_embeds[at:at + BATCH]
+    for at in range(0, len(seeds), args.batch_size):
+        embeds = audio_embeds[at:at + args.batch_size]
         with attention.record(pipe.unet, embeds) if args.attention_map else nullcontext() as recorder:
             images += stock.pictures(pipe, embeds, [args.prompt] * len(embeds), args.guidance, args.steps,
-                                     seeds[at:at + BATCH], **call)
+                                     seeds[at:at + args.batch_size], **call)
         if recorder:
             maps += recorder.maps(images[-1].width // pipe.vae_scale_factor)
     return images, maps

@@ -92,7 +92,8 @@ def make_sheet(run: Path, settings: dict, args: argparse.Namespace):
     pipe = None
     for adapter_path, embeds in zip(adapter_paths + adapter_paths[-1:], sounds, strict=True):
         if pipe is None or embeds is sounds[0]:
-            pipe = stock.load_stock_pipeline(base, adapter_path, device)
+            dtype = torch.bfloat16 if device.type == "cuda" and settings["precision"] == "bf16" else torch.float32
+            pipe = stock.load_stock_pipeline(base, adapter_path, device, dtype)
         for i, column in enumerate(columns):
             column += stock.pictures(pipe, embeds[i:i + 1], [""], args.guidance, args.steps, [args.seed + i],
                                      size=settings["image_size"])

@@ -351,7 +351,8 @@ def make_header(stage: str, settings: dict, features: str, fingerprints: dict, d
 
 
 FREE_SETTINGS = {"run", "name", "workers", "log_every", "save_every", "keep", "log_dir", "device", "allow_changed",
-                 "fresh", "sample_every", "samples", "max_bad_share", "cache_dir", "init_from"}
+                 "fresh", "sample_every", "samples", "max_bad_share", "cache_dir", "init_from", "val_batch_size", "checkpointing",
+                 "ema_on_cpu"}
 
 
 def changed_settings(saved: dict, now: dict) -> list[str]:

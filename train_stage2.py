@@ -171,10 +171,10 @@ def main(argv: list[str] | None = None) -> None:
         ema.to("cpu" if cfg.ema_on_cpu else device)  # a checkpoint is read on the CPU
     log = runs.Logger(folder.folder, cfg.log_dir, purge_step=progress.step)
     common.log_header(log, cfg, device, weights, unet, train, val, progress)
-    check = common.FiniteCheck(log)
+    check = common.FiniteCheck(log, lambda step: features.sample_ids(train, cfg, step))
     model = parallel.wrap(predict, unet=unet, audio_proj=audio_proj, audio_attn=audio_attn)
     batches = iter(features.make_loader(train, cfg.batch_size, cfg.seed, progress.step * cfg.accumulation,
-                                    cfg.steps * cfg.accumulation, cfg.workers))
+                                    cfg.steps * cfg.accumulation, cfg.workers, device))
 
     def validate() -> dict:
         unet.eval()  # no LoRA dropout while measuring
@@ -214,17 +214,16 @@ def main(argv: list[str] | None = None) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step, cfg) * group["lr_scale"]
             optimizer.zero_grad(set_to_none=True)
-            total, sample_ids = 0.0, []
+            total = 0.0
             for micro in range(cfg.accumulation):
                 batch = next(batches)
                 with parallel.sync_at(model, micro == cfg.accumulation - 1):
                     loss = adapter_loss(batch, common.Draws(cfg.seed, step, micro)) / cfg.accumulation
                     loss.backward()
                 total = total + loss.detach()
-                sample_ids += [train.rows[i]["id"] for i in batch["index"]]
             total = parallel.mean(total)
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip)
-            if check(step, total, grad_norm, sample_ids):
+            if check(step, total, grad_norm):
                 optimizer.step()
                 if ema:
                     common.step_ema(ema, parameters)

@@ -132,10 +132,10 @@ def main(argv: list[str] | None = None) -> None:
     folder.resume(objects, header, cfg.allow_changed)
     log = runs.Logger(folder.folder, cfg.log_dir, purge_step=progress.step)
     common.log_header(log, cfg, device, weights, unet, train, val, progress)
-    check = common.FiniteCheck(log)
+    check = common.FiniteCheck(log, lambda step: features.sample_ids(train, cfg, step))
     model = parallel.wrap(predict, unet=unet, audio_proj=audio_proj, audio_attn=audio_attn)
     batches = iter(features.make_loader(train, cfg.batch_size, cfg.seed, progress.step * cfg.accumulation,
-                                    cfg.steps * cfg.accumulation, cfg.workers))
+                                    cfg.steps * cfg.accumulation, cfg.workers, device))
 
     def gate_sweep() -> list[dict]:
         """Validation loss with the right sound at each tanh(gate) from 0 to 1, on fixed noise; the gate is put back."""
@@ -181,17 +181,16 @@ def main(argv: list[str] | None = None) -> None:
             # the step
             began = time.perf_counter()
             optimizer.zero_grad(set_to_none=True)
-            total, sample_ids = 0.0, []
+            total = 0.0
             for micro in range(cfg.accumulation):
                 batch = next(batches)
                 with parallel.sync_at(model, micro == cfg.accumulation - 1):
                     loss = gate_loss(batch, common.Draws(cfg.seed, step, micro)) / cfg.accumulation
                     loss.backward()
                 total = total + loss.detach()
-                sample_ids += [train.rows[i]["id"] for i in batch["index"]]
             total = parallel.mean(total)
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip)
-            if check(step, total, grad_norm, sample_ids):
+            if check(step, total, grad_norm):
                 optimizer.step()
             progress.step += 1
             tanh_gate = float(torch.tanh(audio_attn.gate.detach()))

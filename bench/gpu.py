@@ -10,6 +10,7 @@ product of 8192 x 8192 reaches on the same device, and the peak of reserved memo
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import statistics
 import tempfile
@@ -19,7 +20,9 @@ from pathlib import Path
 from bench_tools import model_flags, models, write_results
 from step import time_stage
 
-from config import Number, new_parser, run_main
+from config import Number, RunFailed, new_parser, run_main
+
+COLUMNS = ("stage", "batch", "setting", "script, s a step", "bare step by events, s", "ratio to bare", "flops", "utilisation", "peak memory, MB")
 
 
 def build_parser():
@@ -28,7 +31,7 @@ def build_parser():
     model_flags(parser)
     add("--smoke", action="store_true", help="the small models at 64 px, batches 1 and 2")
     add("--stages", nargs="+", type=Number(int, 1, 3), default=[1, 2, 3], help="stages to time")
-    add("--batches", nargs="+", type=Number(int, 1), default=[1, 2, 4, 8, 16, 32, 64], help="batches, rising")
+    add("--batches", nargs="+", type=Number(int, 1), default=[1, 8, 16, 4, 32, 64, 2], help="batches, in this order")
     add("--image-size", type=Number(int, 64, 1024, multiple_of=64), default=512, help="side of the pictures")
     add("--seconds", type=Number(float, 1), default=200.0, help="start nothing new after this long")
     parser.set_defaults(block=2, pairs=5, device="auto")
@@ -53,6 +56,13 @@ def event_seconds(run, torch, n: int = 5) -> float:
     return statistics.median(found)
 
 
+def product_seconds(side: int, device: str, torch) -> float:
+    """Median seconds of a BF16 matrix product of two squares, after a warm-up."""
+    a, b = (torch.randn(side, side, dtype=torch.bfloat16, device=device) for _ in range(2))
+    event_seconds(lambda: a @ b, torch)
+    return event_seconds(lambda: a @ b, torch, 20)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if args.smoke:
@@ -64,10 +74,10 @@ def main(argv: list[str] | None = None) -> None:
     import prepare_data
     began, cuda = time.monotonic(), torch.cuda.is_available()
     side = 8192 if cuda else 512
-    a, b = (torch.randn(side, side, dtype=torch.bfloat16, device="cuda" if cuda else "cpu") for _ in range(2))
-    event_seconds(lambda: a @ b, torch)
-    peak = 2 * side ** 3 / event_seconds(lambda: a @ b, torch, 20)
-    rows = []
+    peak = 2 * side ** 3 / product_seconds(side, "cuda" if cuda else "cpu", torch)
+    rows, name = [], f"gpu-{'smoke' if args.smoke else 'sd15'}"
+    about = (f"{args.image_size} px, BF16, frozen UNet in BF16, LoRA rank 8; a BF16 matrix product reaches {peak / 1e12:.1f} TFLOP/s; median "
+             "[lowest, highest]")
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
         prepare_data.main(["world", "--out", str(place / "world"), "--train", str(max(16, *args.batches)), "--val", "2", "--test", "2"])
@@ -78,12 +88,12 @@ def main(argv: list[str] | None = None) -> None:
             __import__(f"train_stage{stage}").main([*flags, "--name", f"stage{stage}", "--steps", "1", "--batch-size", "1"])
         steps = args.block * (args.pairs + 2)
         plans = [(stage, batch, []) for batch in args.batches for stage in args.stages]
-        fast = ["--channels-last", "--compile"]
-        if cuda:
-            plans += [(2, batch, fast) for batch in args.batches[-3:]]
-        too_large: set[tuple] = set()
+        if cuda:  # beside the second batch: compiling takes minutes, and later ones may not be come to
+            batch = args.batches[min(1, len(args.batches) - 1)]
+            plans.insert(plans.index((2, batch, [])) + 1, (2, batch, ["--channels-last", "--compile"]))
+        smallest_too_large: dict[int, int] = {}
         for stage, batch, more in plans:
-            if (stage, *more) in too_large or time.monotonic() - began > args.seconds:
+            if batch >= smallest_too_large.get(stage, batch + 1) or time.monotonic() - began > args.seconds:
                 continue
             seen = {}
 
@@ -105,18 +115,18 @@ def main(argv: list[str] | None = None) -> None:
             own += ["--min-steps", str(steps), "--away-steps", str(steps + 1)] if stage == 3 else []
             try:
                 row, _ = time_stage(stage, own, args, at_end)
+                flops = seen.get("flops") or next((row["flops"] for row in rows if (row["stage"], row["batch"]) == (stage, batch)), "")
+                found = {"script, s a step": row["script, s a step"], "bare step by events, s": seen["event_s"], "ratio to bare": row["ratio"], "flops": flops,
+                         "utilisation": flops / seen["event_s"] / peak if flops else "", "peak memory, MB": round(seen["memory"]) if cuda else ""}
             except torch.OutOfMemoryError:
-                too_large.add((stage, *more))
-                rows.append({"stage": stage, "batch": batch, "setting": " ".join(more) or "bf16", "ratio to bare": "out of memory"})
-                continue
-            flops = seen.get("flops") or next(row["flops"] for row in rows if (row["stage"], row["batch"], row["setting"]) == (stage, batch, "bf16"))
-            rows.append({"stage": stage, "batch": batch, "setting": " ".join(more) or "bf16", "script, s a step": row["script, s a step"],
-                         "bare step by events, s": seen["event_s"], "ratio to bare": row["ratio"], "flops": flops,
-                         "utilisation": flops / seen["event_s"] / peak, "peak memory, MB": round(seen["memory"]) if cuda else ""})
-    columns = list(rows[0])
-    rows = [{column: row.get(column, "") for column in columns} for row in rows]
-    write_results(f"gpu-{'smoke' if args.smoke else 'sd15'}", "gpu.py", argv, f"{args.image_size} px, BF16, frozen UNet in BF16, LoRA rank 8; a BF16 "
-                  f"matrix product reaches {peak / 1e12:.1f} TFLOP/s; median [lowest, highest]", rows)
+                smallest_too_large[stage] = batch
+                found = dict.fromkeys(COLUMNS[3:], "") | {"ratio to bare": "out of memory"}
+            rows.append(dict(zip(COLUMNS, (stage, batch, " ".join(more) or "bf16"))) | found)
+            with contextlib.redirect_stdout(None):
+                write_results(name, "gpu.py", argv, about, rows)  # what is there, should the time run out
+    if not rows:
+        raise RunFailed(f"bench/gpu.py --seconds {args.seconds:g}: nothing was timed, making the models and features took longer; give more")
+    write_results(name, "gpu.py", argv, about, rows)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ fi
 }
 sd15="--sd15 --models $work/sd15 --image-size 512"
 part bench/gpu.py --models "$work/sd15" --seconds 180
-part bench/memory.py $sd15 --steps 8 --batch-size 1 --only plain "frozen bf16" "checkpointing all" "bf16, checkpointing all" \
+part bench/memory.py $sd15 --steps 8 --batch-size 1 --only plain "frozen bf16" "bf16, checkpointing down" "bf16, checkpointing all" \
     "nf4, 8-bit, checkpointing all"
 part bench/memory.py $sd15 --steps 8 --batch-size 2 --only plain "frozen bf16"
 part bench/peer.py $sd15 --steps 12 --batch-size 4 --repeats 1

@@ -34,6 +34,10 @@ def main() -> None:
         seen["memory_mb"].append(memory.get("cuda_reserved", memory["rss"]))
         if len(seen["steps"]) == 1 and Path("/proc/self/clear_refs").exists():
             Path("/proc/self/clear_refs").write_text("5")  # begin the peak anew: loading maps whole weight files beside their copies
+            if device.type == "cuda":  # what was reserved for loading and validating, too
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
         if len(seen["steps"]) == int(os.environ.get("WATCH_STEPS", 0)):
             Path(out).write_text(json.dumps(seen))
             os._exit(0)

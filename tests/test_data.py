@@ -575,14 +575,14 @@ def test_loader_gives_the_same_bits_for_any_number_of_workers(tmp_path, models):
     assert content(cache)["rows-00000.safetensors"] == content(
         build(root, models, tmp_path / "again"))["rows-00000.safetensors"]
     dataset = features.AudioImageDataset(root, "train", cache)
-    runs = [list(features.make_loader(dataset, 3, 1, 2, 7, workers)) for workers in (0, 1, 2)]
+    runs = [list(features.make_loader(dataset, 3, 1, 2, 7, workers, torch.device("cpu"))) for workers in (0, 1, 2)]
     assert len(runs[0]) == 5 and runs[0][0]["index"].tolist() == features.batch_indices(8, 3, 1, 2)
     assert runs[0][0]["latents_mean"].shape == (3, 1, 4, 16, 16)
     for run in runs[1:]:
         for a, b in zip(runs[0], run, strict=True):
             assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     for make, error in ((lambda: features.AudioImageDataset(root, "test", cache), "no usable row in split 'test'"),
-                        (lambda: features.make_loader(dataset, 9, 0, 0, 1, 0), "8 usable rows, fewer than a batch of 9"),
+                        (lambda: features.make_loader(dataset, 9, 0, 0, 1, 0, torch.device("cpu")), "8 usable rows, fewer than a batch of 9"),
                         (lambda: features.AudioImageDataset(root, "train", tmp_path), "not a finished feature cache")):
         with pytest.raises(UserError, match=error):
             make()
@@ -598,4 +598,4 @@ class _Dies(torch.utils.data.Dataset):
 
 def test_workers_ignore_ctrl_c_and_a_killed_one_is_one_sentence():
     with pytest.raises(RunFailed, match="--shm-size=8g"):
-        list(features.make_loader(_Dies(), 2, 0, 0, 2, 1))
+        list(features.make_loader(_Dies(), 2, 0, 0, 2, 1, torch.device("cpu")))

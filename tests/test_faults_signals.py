@@ -28,7 +28,7 @@ MAKER = Case("a process that makes the data is killed", None, 1, "error: sound w
 SECOND = Case("a second run in the same folder", None, 2, "error: {d}/stage1: process * is working in this folder; wait for it, or give another --run")
 GPU = Case("the GPU is out of memory", None, 1,
            "error: the GPU is out of memory; checkpoints are intact; lower --batch-size and raise --accumulation by the same factor, lower --val-batch-size, or add "
-           "--frozen-dtype nf4 --checkpointing all")
+           "--checkpointing all or --frozen-dtype nf4, with --allow-changed")
 LOGS = Case("a disk that is full at the logs", None, 1, "error: no space left for /runs/log.txt; free some and run again")
 PROCESSES = [LOADER, MAKER, SECOND, GPU, LOGS]
 
