@@ -567,7 +567,7 @@ def pick_device(device: str, precision: str):
                             "--nproc-per-node that many processes")
         torch.cuda.set_device(device)
     parallel.begin(device)
-    if device.type == "cuda" and precision == "bf16" and not torch.cuda.is_bf16_supported():
+    if device.type == "cuda" and precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(f"{torch.cuda.get_device_name()} has no BF16; use --precision fp32")
     return device, lambda: torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 

@@ -20,7 +20,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 SECTIONS = ("common", "stage1", "stage2", "stage3")
@@ -64,7 +64,11 @@ class Number:
         """Check a value that JSON has parsed already; a bool is no number and 8.0 is no whole number."""
         if type(value) is not self.kind and not (self.kind is float and type(value) is int):
             raise argparse.ArgumentTypeError(f"got {json.dumps(value)}, expected a {self.__name__}")
-        if not (math.isfinite(value) and self.low <= value <= self.high):
+        try:
+            inside = self.low <= value <= self.high and math.isfinite(value)
+        except OverflowError:  # a whole number of hundreds of digits
+            inside = False
+        if not inside:
             raise argparse.ArgumentTypeError(f"got {value}, expected {self.range()}")
         if self.multiple_of and value % self.multiple_of:
             raise argparse.ArgumentTypeError(f"got {value}, expected a multiple of {self.multiple_of}")
@@ -284,7 +288,8 @@ def write_atomic(path: Path, content: bytes) -> None:
                             "some and run the same command again") from None
         raise RunFailed(f"{path}: cannot be written ({error.strerror})") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the disk may be the trouble: what is raised above says it
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value) -> None:
@@ -328,12 +333,46 @@ def stops_held():
         os.kill(os.getpid(), came[0])
 
 
+class _Output:
+    """stdout or stderr. When nobody reads it any more (Ctrl-C took `| tee log` along, the terminal is closed) a stage is to save all the same:
+    from then on it goes nowhere, and SIGPIPE, to which a stage listens, asks it to stop.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        return self._or_nowhere(self.stream.write, text)
+
+    def flush(self) -> None:
+        self._or_nowhere(self.stream.flush)
+
+    def _or_nowhere(self, call, *args):
+        try:
+            return call(*args)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO) or not callable(signal.getsignal(signal.SIGPIPE)):
+                raise
+            self.to_nowhere()
+            os.kill(os.getpid(), signal.SIGPIPE)
+            return 0
+
+    def to_nowhere(self) -> None:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self.stream.fileno())
+        os.close(null)
+
+
 def run_main(main) -> None:
     """Call main() and turn its end into an exit code; the last line on stderr is the one sentence of the error."""
+    sys.stdout, sys.stderr = _Output(sys.stdout), _Output(sys.stderr)
     for signum in [*stop_signals(), signal.SIGALRM]:
         signal.signal(signum, _raise_stopped)
     if os.environ.get("RANK", "0") != "0":  # of torchrun's processes one speaks; all may complain
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = _Output(open(os.devnull, "w"))
     try:
         code, message = main() or 0, ""
     except Stopped as error:
@@ -341,20 +380,25 @@ def run_main(main) -> None:
         code, message = 128 + error.signum, str(error)
     except (UserError, RunFailed) as error:
         code, message = EXIT_USER if isinstance(error, UserError) else EXIT_FAILED, f"error: {error}"
-    except BrokenPipeError:
-        code, message = 128 + signal.SIGPIPE, ""
-        sys.stderr.close()
     except OSError as error:
-        if error.errno not in DISK_FULL:
+        code = EXIT_FAILED
+        if error.errno in (errno.EPIPE, errno.EIO):  # as of `| head`
+            code, message = 128 + signal.SIGPIPE, ""
+        elif error.errno in DISK_FULL:
+            message = f"error: no space left for {error.filename or 'the logs'}; free some and run again"
+        elif error.errno and error.filename:
+            message = f"error: {error.filename}: {error.strerror}; make it a file or folder that can be used, and run the same command again"
+        elif type(error) is OSError and not error.errno:  # what transformers and diffusers raise of a model's folder
+            message = f"error: {str(error).strip().splitlines()[0]}"
+        else:
             raise
-        code, message = EXIT_FAILED, f"error: no space left for {error.filename or 'the logs'}; free some and run again"
     except RuntimeError as error:  # torch raises these two from anywhere; their names need no import of torch
         if type(error).__name__ == "OutOfMemoryError":
-            message = ("error: the GPU is out of memory; checkpoints are intact; lower --batch-size and raise --accumulation "
-                       "by the same factor, lower --val-batch-size, or add --checkpointing all or --frozen-dtype nf4, with --allow-changed")
+            message = ("error: the GPU is out of memory; checkpoints are intact; lower --batch-size; a stage can raise --accumulation by the same "
+                       "factor, lower --val-batch-size, or take --checkpointing all or --frozen-dtype nf4, with --allow-changed")
         elif type(error).__name__ in ("DistBackendError", "DistNetworkError") or "closed by peer" in str(error):
             message = "error: another process of this run has ended; its own message says why"
-        elif "DataLoader worker" in str(error):
+        elif "DataLoader worker (pid" in str(error):
             message = ("error: a data loading process was killed; it ran out of memory or of shared memory: use "
                        "Docker's --shm-size=8g or --workers 0")
         else:
@@ -364,9 +408,12 @@ def run_main(main) -> None:
         if "multiprocessing" in sys.modules:  # loader workers ignore SIGTERM, with which Python would end them and then wait
             for child in sys.modules["multiprocessing"].active_children():
                 child.kill()
-    if message:
-        sys.stdout.flush()
-        print(message, file=sys.stderr, flush=True)
+    for stream, text in ((sys.stdout, ""), (sys.stderr, message and f"{message}\n")):
+        try:
+            stream.write(text)
+            stream.flush()
+        except (OSError, ValueError):  # nobody reads it any more
+            stream.to_nowhere()
     sys.exit(code)
 
 
@@ -395,7 +442,7 @@ def plan(argv: list[str] | None = None) -> None:
     parsers = [stage.build_parser() for stage in (train_stage1, train_stage2, train_stage3)]
     known = [{option for action in parser._actions for option in action.option_strings} for parser in parsers]
     for flag in (group[0].split("=")[0] for group in groups):
-        if flag in ("--config", "--name", "--init-from", "--dry-run"):
+        if flag in ("--config", "--name", "--init-from", "--dry-run", "--help"):
             raise UserError(f"{flag} is for one stage alone; give it to python train_stageN.py")
         if not any(flag in options for options in known):
             raise UserError(f"no stage knows {flag}; {nearest(flag, set().union(*known))}")
@@ -416,7 +463,7 @@ def plan(argv: list[str] | None = None) -> None:
     evaluate.build_parser().parse_args(lists["evaluate"])
     own_data = resolved[0].origin.get("data_root") == "flag"
     print(f"DATA=({'' if own_data else shlex.join(lists['data'])})\nEVALUATE=({shlex.join(lists['evaluate'])})\n"
-          f"RUN={shlex.quote(resolved[0].run)}")
+          f"RUN={shlex.quote(resolved[0].run)}\nDEVICE={resolved[0].device}")
 
 
 if __name__ == "__main__":

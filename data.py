@@ -147,6 +147,8 @@ def _row(root: Path, where: str, split: str | None, item: object, folders: dict[
             raise ValueError(f"the key {key} is missing")
         if not isinstance(value, str):
             raise ValueError(f"{key}: got {json.dumps(value)[:80]}, expected text")
+        if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise ValueError(f"{key}: {value!r:.80} holds half of a character (\\ud800 to \\udfff)")
     split, label = split or item.get("split"), item.get("label")
     image = _inside(str(root), "image_file_name", item["image_file_name"], folders)
     audio = _inside(str(root), "audio_file_name", item["audio_file_name"], folders)
@@ -318,7 +320,7 @@ def load_waveform(path: str | Path, sampling_rate: int, window_s: float, windows
 
 
 # What Pillow's decoders raise on damaged files. Never `Exception`: a signal's Stopped must pass.
-_PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error,
+_PILLOW_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error,
                   OverflowError, Image.DecompressionBombError)
 
 

@@ -107,7 +107,7 @@ class Clips:
         self.data_root, self.split, self.rows, self.real = Path(data_root), split, [], []
         for row in pick_clips(held_out, n):
             try:
-                data.open_audio(row.audio_path).close()
+                data.read_windows(row.audio_path, 10.0)
                 self.real.append(data.load_picture(row.image_path, image_size))
             except data.BadFile as error:
                 print(f"{row.where}: left out: {error}", flush=True)
@@ -225,6 +225,8 @@ class Subject:
             self.pipe.unet.encoder_hid_proj.image_projection_layers[0].register_forward_hook(noise_tokens(args.seed))
         self.pipe_scale = 1.0 if args.gate is None else self.scale_of(args.gate)
         self.pictures_dir.mkdir(parents=True, exist_ok=True)
+        for stale in self.pictures_dir.glob(".*.tmp"):  # left by an evaluation that was killed
+            stale.unlink(missing_ok=True)
 
     def scale_of(self, gate: float) -> float:
         import generate

@@ -56,10 +56,12 @@ class _Loader(DataLoader):
         try:
             yield from batches
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            if "DataLoader worker (pid" not in str(error):
                 raise
             raise RunFailed(f"a data loading process was killed ({str(error).splitlines()[0]}); it ran out of memory "
                             "or of shared memory: use Docker's --shm-size=8g or --workers 0") from None
+        except RunFailed as error:  # torch puts the loading process' traceback before the sentence
+            raise RunFailed(str(error).strip().splitlines()[-1].removeprefix("config.RunFailed: ")) from None
 
 
 def _loader(dataset: Dataset, batch_sampler, workers: int, **options) -> DataLoader:

@@ -12,6 +12,8 @@ English and Korean, for judging. The same flags always give the same bytes.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import hashlib
 import io
 import json
@@ -55,6 +57,27 @@ def build_parser() -> argparse.ArgumentParser:
 
 def manifest_lines(rows: list[dict]) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+@contextlib.contextmanager
+def locked(out: Path):
+    """Hold the folder against other processes that make the same data. A POSIX lock: worker processes do not inherit it, so kill -9 frees it.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / ".lock", "w")
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}); give another --out") from None
+    with lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            print(f"waiting for another process that is making {out}", flush=True)
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+        yield
 
 
 def already_made(out: Path, settings: dict) -> bool:
@@ -249,6 +272,14 @@ def make_tuxpaint(args: argparse.Namespace) -> None:
         if picture is None or not text.exists():
             left_out["no picture" if picture is None else "no text"] += 1
             continue
+        words = text.read_text("utf-8", errors="replace").splitlines()
+        try:
+            rate = soundfile.info(sound).samplerate
+        except RuntimeError:
+            rate = 0
+        if not rate or not words:
+            left_out["a broken sound" if words else "an empty text"] += 1
+            continue
         relative = sound.relative_to(stamps).with_suffix("")
         name = "-".join(relative.parts)
         if picture.suffix == ".svg":
@@ -257,9 +288,9 @@ def make_tuxpaint(args: argparse.Namespace) -> None:
             write_atomic(out / f"images/{name}.png", picture.read_bytes())
         write_atomic(out / f"audio/{name}.ogg", sound.read_bytes())
         kinds[picture.suffix] += 1
-        rates[soundfile.info(sound).samplerate] += 1
+        rates[rate] += 1
         rows.append({"image_file_name": f"images/{name}.png", "audio_file_name": f"audio/{name}.ogg",
-                     "text": text.read_text("utf-8").splitlines()[0].strip(), "label": relative.name,
+                     "text": words[0].strip(), "label": relative.name,
                      "split": split_of(sounds[first].read_bytes())})
     if not rows:
         raise UserError(f"{stamps}: holds sounds but no stamps with picture and text; install them: {APT_LINE}")
@@ -392,7 +423,10 @@ def check_data(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    {"world": make_world, "tuxpaint": make_tuxpaint, "check": check_data}[args.command](args)
+    if args.command == "check":
+        return check_data(args)
+    with locked(Path(args.out)) if args.command == "world" or Path(args.stamps).is_dir() else contextlib.nullcontext():
+        {"world": make_world, "tuxpaint": make_tuxpaint}[args.command](args)
 
 
 if __name__ == "__main__":

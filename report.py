@@ -80,7 +80,15 @@ def make_sheet(run: Path, settings: dict, args: argparse.Namespace):
     import stock
 
     device, _ = common.pick_device(args.device, "fp32")
-    rows = pick_rows(data.read_manifest(settings["data_root"])[0], args.columns)
+    rows = []
+    for row in pick_rows(data.read_manifest(settings["data_root"])[0], 2 * args.columns):
+        try:  # what training has left out is left out here
+            data.read_windows(row.audio_path, 10.0)
+            data.load_image(row.image_path, settings["image_size"])
+        except data.BadFile as error:
+            print(f"{row.where}: left out: {error}", flush=True)
+            continue
+        rows = [*rows, row][:args.columns]
     base = pretrained.resolve_model(settings["base_model"], "base model", pretrained.BASE_PARTS)
     adapter_paths = [generate.find_adapter(str(run / stage)) for stage in STAGES]
     encoder = generate.load_clap("", generate.adapter_facts(adapter_paths[-1]), adapter_paths[-1])
@@ -173,8 +181,11 @@ def main(argv: list[str] | None = None) -> None:
     run = Path(args.run)
     report = make_report(run)
 
+    import stock
     sheet = make_sheet(run, report["settings"]["stage3"], args)
-    sheet.save(run / "samples.png")
+    for stale in run.glob(".*.tmp"):  # left by a report that was killed
+        stale.unlink(missing_ok=True)
+    stock.write_png(run / "samples.png", sheet)
     write_atomic(run / "adapter.safetensors", (run / STAGES[-1] / "adapter.safetensors").read_bytes())
     write_json(run / "report.json", report)
     write_atomic(run / "report.md", to_markdown(report, run).encode())

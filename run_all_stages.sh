@@ -15,9 +15,13 @@ fi
 if [ "${1-}" = "--tmux" ]; then
     shift
     command -v tmux >/dev/null || { echo "error: tmux is not installed; run this without --tmux" >&2; exit 2; }
-    tmux new-session -d -s clap2diffusion "bash run_all_stages.sh ${*:+$(printf '%q ' "$@")}; exec bash" || {
+    if tmux has-session -t =clap2diffusion 2>/dev/null; then
         echo "error: a tmux session named clap2diffusion runs already; attach to it: tmux attach -t clap2diffusion" >&2
         exit 2
+    fi
+    tmux new-session -d -s clap2diffusion "bash run_all_stages.sh ${*:+$(printf '%q ' "$@")}; exec bash" || {
+        echo "error: tmux could not start a session (its own words are above); run this without --tmux" >&2
+        exit 1
     }
     echo "started in tmux; watch it with: tmux attach -t clap2diffusion"
     exit 0
@@ -58,5 +62,5 @@ if [ "${#DATA[@]}" -gt 0 ]; then run "$PYTHON" prepare_data.py "${DATA[@]}"; fi
 run "$PYTHON" train_stage1.py "${STAGE1[@]}"
 run "$PYTHON" train_stage2.py "${STAGE2[@]}"
 run "$PYTHON" train_stage3.py "${STAGE3[@]}"
-run "$PYTHON" report.py --run "$RUN"
-if [ "${#EVALUATE[@]}" -gt 0 ]; then run "$PYTHON" evaluate.py --run "$RUN" "${EVALUATE[@]}"; fi
+run "$PYTHON" report.py --run "$RUN" --device "$DEVICE"
+if [ "${#EVALUATE[@]}" -gt 0 ]; then run "$PYTHON" evaluate.py --run "$RUN" --device "$DEVICE" "${EVALUATE[@]}"; fi

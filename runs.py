@@ -6,8 +6,10 @@ A checkpoint is one safetensors file with every registered object and a JSON hea
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import signal
@@ -206,15 +208,17 @@ class RunFolder:
         UserError: the folder cannot be made or written, or another process holds it.
     """
 
-    def __init__(self, folder: Path, fresh: bool = False):
+    def __init__(self, folder: Path, fresh: bool = False, log_dir: str = ""):
         self.folder, self.checkpoints = folder, folder / "checkpoints"
         if parallel.first():
             self._take(folder, fresh)
+            if log_dir:
+                self._check_log_dir(Path(log_dir))
         parallel.wait()
 
     def _take(self, folder: Path, fresh: bool) -> None:
         try:
-            if fresh and folder.exists():
+            if fresh and folder.exists() and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":  # torchrun restarts with the same flags
                 backup = folder.with_name(f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
                 with self._lock(folder):
                     folder.rename(backup)
@@ -227,6 +231,15 @@ class RunFolder:
         for stale in [*folder.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")]:
             print(f"{stale}: left by an interrupted save, removed")
             stale.unlink()
+
+    @staticmethod
+    def _check_log_dir(folder: Path) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except OSError as error:
+            raise UserError(f"--log-dir {folder}: cannot be used ({error.strerror}); give a folder that can be written") from None
 
     @staticmethod
     def _lock(folder: Path):
@@ -260,7 +273,7 @@ class RunFolder:
         Raises:
             UserError: it began from another result of the stage before than the one that is there now.
         """
-        if not self.result.exists():
+        if not self.result.exists() or not self.final.exists():
             return False
         made = read_json(self.result)
         if init and made.get("init") != init:
@@ -272,7 +285,7 @@ class RunFolder:
         return True
 
     def steps(self) -> list[int]:
-        return sorted(int(p.stem.removeprefix("step-")) for p in self.checkpoints.glob("step-*.safetensors"))
+        return sorted(int(p.stem[5:]) for p in self.checkpoints.glob("step-" + "[0-9]" * 8 + ".safetensors"))
 
     def path(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08d}.safetensors"
@@ -315,9 +328,26 @@ class RunFolder:
                     raise UserError(f"{path}: was made with {key} {saved[key]!r}, this run has {header[key]!r}; give "
                                     "another --run, or begin anew with --fresh")
             check_same_settings(path, saved["settings"], header["settings"], allow_changed)
+            optimizer, ema = objects["optimizer"], objects.get("ema")
+            groups, decay = [{**group, "params": None} for group in optimizer.param_groups], ema and ema.decay
             load_objects(path, saved, tensors, objects)
+            for group, own in zip(optimizer.param_groups, groups):  # rates are this run's, which --allow-changed may have changed
+                group.update({key: value for key, value in own.items() if key != "params"})
+            if ema:
+                ema.decay = decay
         if parallel.first():
             write_json(self.folder / "config.json", header["settings"])
+
+    def load_best(self, weights: dict, progress: Progress) -> None:
+        """Load the weights that validated best; if their file is lost, those of the last step stay, and a line says so."""
+        try:
+            header, tensors = read_checkpoint(self.best)
+        except Broken as error:
+            print(f"{error}; the weights of the last step are taken", file=sys.stderr, flush=True)
+            progress.best_step = progress.step
+            return
+        load_objects(self.best, header, tensors, weights)
+        progress.best_step = header["step"]  # a run that was killed after it may have found a better one
 
     def stopped(self, signum: int, step: int) -> None:
         raise Stopped(signum, f"step {step} is saved in {self.path(step)}; the same command goes on from there")
@@ -355,6 +385,9 @@ FREE_SETTINGS = {"run", "name", "workers", "log_every", "save_every", "keep", "l
                  "ema_on_cpu"}
 
 
+FIXED_SETTINGS = {"whiten", "adam_8bit", "strength"}  # they are in the weights or in the optimizer's state
+
+
 def changed_settings(saved: dict, now: dict) -> list[str]:
     """The settings that are in both and differ, as `key old -> new`, but for those that may change freely."""
     return [f"{key} {saved[key]!r} -> {now[key]!r}" for key in sorted(saved.keys() & now.keys())
@@ -368,19 +401,30 @@ def check_same_settings(path: Path, saved: dict, now: dict, allow_changed: bool)
         UserError: a setting differs (both values shown).
     """
     changed = changed_settings(saved, now)
+    fixed = [one for one in changed if one.split(" ")[0] in FIXED_SETTINGS]
+    if fixed:
+        raise UserError(f"{path}: was made with {'; '.join(fixed)}, which cannot change within a run; give the old one, or begin anew with --fresh")
     if changed and not allow_changed:
         raise UserError(f"{path}: was made with other settings ({'; '.join(changed)}); give the old ones, begin anew with "
                         "--fresh, or go on with the new ones with --allow-changed")
 
 
 class StopSignal:
-    """While entered, the first SIGTERM, SIGINT or SIGHUP only sets `signum`; a later one ends the process at once."""
+    """While entered, the first SIGTERM, SIGINT or SIGHUP only sets `signum`; a later one ends the process at once.
+
+    SIGPIPE (config._Output: nobody reads what is said) counts as a first one. One that nobody has asked for is raised at the end.
+    """
 
     def __enter__(self) -> StopSignal:
         self.signum, self._old = 0, {}
         for signum in stop_signals():
             self._old[signum] = signal.signal(signum, self._handle)
+        self._old[signal.SIGPIPE] = signal.signal(signal.SIGPIPE, self._unread)
         return self
+
+    def _unread(self, signum: int, frame) -> None:
+        if not self.signum:
+            self.signum, self._at = signum, time.monotonic()
 
     def _handle(self, signum: int, frame) -> None:
         if not self.signum:
@@ -391,9 +435,11 @@ class StopSignal:
         elif time.monotonic() - self._at > 1:  # one Ctrl-C can arrive twice: from the terminal and from a parent script
             os._exit(128 + signum)
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, kind, *exc) -> None:
         for signum, handler in self._old.items():
             signal.signal(signum, handler)
+        if self.signum and kind is None:  # it came after the last look at it
+            os.kill(os.getpid(), self.signum)
 
 
 class Logger:
@@ -453,5 +499,7 @@ def write_sweep(folder: Path, before: list[dict], after: list[dict], tanh_gate: 
     axes.set(xlabel="tanh(gate)", ylabel="validation loss, right sound", title="How much sound lowers the loss")
     axes.legend()
     figure.tight_layout()
-    figure.savefig(folder / "sweep.png")
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    write_atomic(folder / "sweep.png", content.getvalue())
     plt.close(figure)

@@ -51,8 +51,13 @@ make_venv() {
         run "$PYTHON" -m pip install --quiet --disable-pip-version-check --timeout 10 --retries 0 "$torch" \
             --index-url https://download.pytorch.org/whl/cpu >/dev/null 2>&1 || true
     fi
-    run "$PYTHON" -m pip install --quiet --disable-pip-version-check "$torch"
-    run "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements.txt
+    for wanted in "$torch" "-r requirements.txt"; do
+        # shellcheck disable=SC2086
+        run "$PYTHON" -m pip install --quiet --disable-pip-version-check $wanted || {
+            echo "error: pip could not install $wanted into .venv (its own words are above); mend that and run the same command again" >&2
+            exit 1
+        }
+    done
 }
 
 find_python

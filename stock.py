@@ -7,6 +7,7 @@ processors) and the LoRA (all numbers).
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from contextlib import contextmanager
@@ -189,6 +190,12 @@ def sample_pictures(adapter_path: Path, base: Path, val, cfg, device, steps: int
     return sheet
 
 
+def write_png(path: Path, image) -> None:
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    write_atomic(path, content.getvalue())
+
+
 def sample_during(folder, weights: dict, unet: nn.Module, base: Path, header: dict, val, cfg, log, step, device) -> None:
     """Sample pictures of the weights as they are now, through the same export and pipeline as the final ones."""
     if not parallel.first():
@@ -196,7 +203,7 @@ def sample_during(folder, weights: dict, unet: nn.Module, base: Path, header: di
     preview = folder.folder / "preview.safetensors"
     write_adapter(preview, weights, unet, {**header, "step": step})
     sheet = sample_pictures(preview, base, val, cfg, device)
-    sheet.save(folder.folder / f"samples-{step:08d}.png")
+    write_png(folder.folder / f"samples-{step:08d}.png", sheet)
     log.image(step, "samples", sheet)
     preview.unlink()
 
@@ -220,7 +227,7 @@ def finish(folder, weights: dict, unet: nn.Module, base: Path, header: dict, val
     log.text(f"{cfg.name}: {adapter_path} loads into a stock pipeline, largest difference {difference:.1e}")
     if cfg.samples:
         sheet = sample_pictures(adapter_path, base, val, cfg, device)
-        sheet.save(folder.folder / "samples.png")
+        write_png(folder.folder / "samples.png", sheet)
         log.image(progress.step, "samples", sheet)
     runs.save_checkpoint(folder.final, weights, header)  # only now: the next stage takes it for a proven result
     memory = peak_memory_mb(device)

@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # device, output folder under its lock, features
     device, autocast = common.pick_device(cfg.device, cfg.precision)
-    folder = runs.RunFolder(Path(cfg.run) / cfg.name, cfg.fresh)
+    folder = runs.RunFolder(Path(cfg.run) / cfg.name, cfg.fresh, cfg.log_dir)
     if folder.is_complete(settings(cfg)):
         return
     train, val = features.open_splits(cfg, base, clap, device)
@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
             common.log_step(log, bar, cfg, progress, total, grad_norm, lr=lr_at(step, cfg), device=device)
 
     # the weights that validated best become the stage's result
-    runs.load_objects(folder.best, *runs.read_checkpoint(folder.best), weights)
+    folder.load_best(weights, progress)
     result = {"best_metric": cfg.best_metric, "best_step": progress.best_step,
               "validation": common.validate(predict, val, scheduler, device, autocast, cfg)}
     stock.finish(folder, weights, unet, base, header, val, scheduler, cfg, progress, log, result, device)

@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # device, output folder under its lock, features
     device, autocast = common.pick_device(cfg.device, cfg.precision)
-    folder = runs.RunFolder(Path(cfg.run) / cfg.name, cfg.fresh)
+    folder = runs.RunFolder(Path(cfg.run) / cfg.name, cfg.fresh, cfg.log_dir)
     before_path = Path(cfg.init_from or Path(cfg.run) / "stage1") / "final.safetensors"
     before, before_tensors = runs.previous_stage(before_path, "stage1", fingerprints,
                                                  f"python train_stage1.py --config {cfg.config} --run {cfg.run}")
@@ -233,7 +233,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # the weights that validated best become the stage's result
     unet.eval()
-    runs.load_objects(folder.best, *runs.read_checkpoint(folder.best), weights)
+    folder.load_best(weights, progress)
     result = {"best_metric": cfg.best_metric, "best_step": progress.best_step,
               "validation": common.validate(predict, val, scheduler, device, autocast, cfg)}
     stock.finish(folder, weights, unet, base, header, val, scheduler, cfg, progress, log, result, device)

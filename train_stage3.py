@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # device, output folder under its lock, features
     device, autocast = common.pick_device(cfg.device, cfg.precision)
-    folder = runs.RunFolder(Path(cfg.run) / cfg.name, cfg.fresh)
+    folder = runs.RunFolder(Path(cfg.run) / cfg.name, cfg.fresh, cfg.log_dir)
     before_path = Path(cfg.init_from or Path(cfg.run) / "stage2") / "final.safetensors"
     before, before_tensors = runs.previous_stage(before_path, "stage2", fingerprints,
                                                  f"python train_stage2.py --config {cfg.config} --run {cfg.run}")

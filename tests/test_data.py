@@ -596,6 +596,18 @@ class _Dies(torch.utils.data.Dataset):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+class _Breaks(_Dies):
+    def __getitem__(self, i):
+        raise RunFailed("cache/rows-00000.safetensors: cannot be read (cut off); start again, it will be rebuilt")
+
+
+def test_what_breaks_in_a_loader_process_is_said_as_in_our_own():
+    for workers in (0, 1):
+        with pytest.raises(RunFailed) as caught:
+            list(features.make_loader(_Breaks(), 2, 0, 0, 2, workers, torch.device("cpu")))
+        assert str(caught.value) == "cache/rows-00000.safetensors: cannot be read (cut off); start again, it will be rebuilt"
+
+
 def test_workers_ignore_ctrl_c_and_a_killed_one_is_one_sentence():
     with pytest.raises(RunFailed, match="--shm-size=8g"):
         list(features.make_loader(_Dies(), 2, 0, 0, 2, 1, torch.device("cpu")))

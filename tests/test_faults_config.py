@@ -71,6 +71,7 @@ CONFIGS = [
     Case("NaN", config('{"stage1": {"clip": NaN}}'), 2, "error: {d}/c.json: NaN is not a number that JSON or a setting can have"),
     Case("1e999", config('{"stage1": {"clip": 1e999}}'), 2, "error: {d}/c.json: stage1.clip: got inf, expected "),
     Case("a whole number of 5000 digits", config('{"stage1": {"steps": ' + "9" * 5000 + "}}"), 2, "error: {d}/c.json: Exceeds the limit (4300 digits)"),
+    Case("a whole number of 400 digits", config('{"stage1": {"steps": ' + "9" * 400 + "}}"), 2, "error: {d}/c.json: stage1.steps: got 999*, expected a whole number of at least 1"),
     Case("a config that is not JSON", config('{"stage1": {'), 2, "error: {d}/c.json: line 1: not valid JSON"),
     Case("a config that is a list", config("[1]"), 2, "error: {d}/c.json: got a JSON list, expected an object {...}"),
     Case("a config that is not UTF-8", config(b'{"common": {"run": "\xff"}}'), 2, "error: {d}/c.json: is not UTF-8 text; expected a JSON file"),
@@ -131,6 +132,13 @@ def test_run_all_stages_finds_a_mistake_of_stage_3_before_anything_runs(tmp_path
                           env={**ENV, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
     assert done.returncode == 2 and not (tmp_path / "run").exists()
     assert done.stderr.strip().splitlines()[-1] == f"error: {path}: stage3.window_lo: unknown key; did you mean 'window_low'?"
+
+
+@pytest.mark.parametrize("flags, said", [(["--help"], "error: --help is for one stage alone"), (["--stpes", "3"], "error: no stage knows --stpes; did you mean '--steps'?")])
+def test_run_all_stages_refuses_a_flag_after_the_config(flags, said):
+    done = subprocess.run(["bash", str(ROOT / "run_all_stages.sh"), str(ROOT / "configs/tiny.json"), *flags], capture_output=True, text=True,
+                          env={**ENV, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
+    assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith(said), done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("name", ["train_stage1.py", "train_stage2.py", "train_stage3.py", "generate.py", "evaluate.py", "report.py", "prepare_data.py"])

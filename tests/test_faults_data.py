@@ -273,6 +273,20 @@ def cut_picture(path: Path) -> None:
     cut(path, 0.5)
 
 
+def broken_avif(path: Path) -> None:
+    """One byte of it inverted, such that Pillow's decoder raises a RuntimeError."""
+    content = picture(path).read_bytes()
+    for at in range(len(content)):
+        changed = content[:at] + bytes([content[at] ^ 255]) + content[at + 1:]
+        try:
+            Image.open(io.BytesIO(changed)).load()
+        except RuntimeError:
+            return path.write_bytes(changed)
+        except (OSError, SyntaxError, ValueError):
+            pass
+    raise AssertionError("no byte does it")
+
+
 PICTURES = [
     Case("16-bit gray picture", image("a.png", lambda p: Image.fromarray(RAMP).save(p)), 0, USED, is_the_ramp),
     Case("CMYK picture", image("a.tiff", lambda p: Image.new("CMYK", (96, 96), (0, 255, 255, 0)).save(p)), 0, USED, all_are("a.tiff", (255, 0, 0))),
@@ -282,6 +296,7 @@ PICTURES = [
     Case("animated picture", image("a.gif", animated), 0, USED, all_are("a.gif", (0, 0, 255))),
     Case("truncated PNG", image("a.png", cut_picture), 2, "picture a.png: truncated or damaged picture"),
     Case("truncated JPEG", image("a.jpg", cut_picture), 2, "picture a.jpg: truncated or damaged picture"),
+    Case("a damaged AVIF", image("a.avif", broken_avif), 2, "picture a.avif: "),
     Case("zero bytes as picture", image("a.png", lambda p: p.write_bytes(b"")), 2, "picture a.png: zero bytes"),
     Case("a web page named .png", image("a.png", lambda p: p.write_text("<html>not found</html>")), 2, "picture a.png: not a picture that Pillow reads"),
     Case("a folder as picture", image("a.png", lambda p: p.mkdir()), 2, "picture a.png: a folder, expected a file"),
@@ -364,6 +379,8 @@ MANIFESTS = [
     Case("a list as a row", manifest(lambda root, rows: lines(rows[:1]) + b"[1]\n"), 2, "metadata.jsonl line 2: got a JSON list, expected an object {...}"),
     Case("a key missing", manifest(lambda root, rows: rows[1].pop("text") and None), 2, "metadata.jsonl line 2: the key text is missing"),
     Case("a number as text", manifest(change(1, text=3)), 2, "metadata.jsonl line 2: text: got 3, expected text"),
+    Case("half of an emoji in a caption", manifest(lambda root, rows: lines(rows[:1]) + json.dumps(row(1, text="\ud83d")).encode() + b"\n"), 2,
+         "metadata.jsonl line 2: text: *ud83d' holds half of a character"),
     Case("an unknown split", manifest(change(1, split="dev")), 2, "metadata.jsonl line 2: split: got 'dev', expected train, val or test"),
     Case("a caption that names the label", manifest(change(1, text="a Thing in the rain")), 0, "caption names the label: 1"),
     Case("an empty caption", manifest(change(1, text=" ")), 0, "empty caption: 1"),
@@ -434,7 +451,7 @@ def test_random_bytes_and_flipped_ones_are_never_a_traceback(tmp_path):
     rng, seen = np.random.default_rng(0), {"used": 0, "refused": 0}
     sounds = {suffix: noise(tmp_path / f"a.{suffix}", 0.3).read_bytes() for suffix in ("wav", "flac", "ogg", "mp3", "aiff")}
     frames = [Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)) for _ in range(2)]
-    for suffix in ("png", "jpg", "gif", "tiff", "webp", "bmp"):
+    for suffix in ("png", "jpg", "gif", "tiff", "webp", "bmp", "avif"):
         file = io.BytesIO()
         frames[0].save(file, format={"jpg": "JPEG", "tiff": "TIFF"}.get(suffix, suffix.upper()))
         sounds[suffix] = file.getvalue()

@@ -112,6 +112,31 @@ def keeps_two(d: Path, done) -> None:
     assert sorted(runs.RunFolder(d / "stage1").steps()) == [9, 10] and len(list((d / "stage1/checkpoints").glob("*.broken"))) == 2
 
 
+def best_damaged(c: Place) -> list:
+    c.half_done(10)
+    (c.d / "stage1/best.safetensors").write_bytes(b"")
+    return c.stage(1)
+
+
+def final_lost(c: Place) -> list:
+    shutil.copytree(c.run / "stage1", c.d / "stage1")
+    (c.d / "stage1/final.safetensors").unlink()
+    return c.stage(1)
+
+
+def renamed_copy(c: Place) -> list:
+    """A checkpoint that the user has put aside, beside the others."""
+    folder = c.half_done()
+    shutil.copy(folder / "step-00000006.safetensors", folder / "step-00000006-good.safetensors")
+    return c.stage(1)
+
+
+def decays_by_a_half(d: Path, done) -> None:
+    header, tensors = runs.read_checkpoint(d / "stage1/checkpoints/step-00000010.safetensors")
+    groups = runs._unflatten(header["objects"]["optimizer"], tensors)["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.5] * len(groups)
+
+
 def all_damaged(c: Place) -> list:
     for path in c.half_done().iterdir():
         path.write_bytes(b"")
@@ -341,6 +366,26 @@ def trains_on_the_rest(d: Path, done) -> None:
     assert "38 train" in done.stdout
 
 
+def left_out(*command):
+    """A finished run whose data have lost two test pictures and a test sound since."""
+    def make(c: Place) -> list:
+        shutil.copytree(c.run, c.d / "run")
+        shutil.copytree(c.world, c.d / "world")
+        tests = [one for one in map(json.loads, (c.world / "metadata.jsonl").read_text().splitlines()) if one["split"] == "test"]
+        (c.d / "world" / tests[0]["image_file_name"]).write_bytes(b"")
+        (c.d / "world" / tests[1]["image_file_name"]).unlink()
+        sound = c.d / "world" / tests[2]["audio_file_name"]
+        sound.write_bytes(sound.read_bytes()[:-1000])
+        for path in (c.d / "run").glob("stage*/config.json"):
+            path.write_text(json.dumps({**json.loads(path.read_text()), "data_root": str(c.d / "world")}))
+        return [*command, "--run", c.d / "run", "--steps", 2]
+    return make
+
+
+def says_which(d: Path, done) -> None:
+    assert done.stdout.count("left out: ") == 3 and "truncated" in done.stdout and "no such file" in done.stdout
+
+
 def made_in_bf16(c: Place) -> list:
     ok(script(*c.stage(1, "--precision", "bf16", "--frozen-dtype", "bf16", "--steps", 1, "--samples", 0)))
     return c.stage(2, "--precision", "fp32", "--frozen-dtype", "fp32", "--steps", 1, "--samples", 0)
@@ -368,6 +413,9 @@ CHECKPOINTS = [
     Case("a result of other models", lambda c: ["train_stage2.py", *other_base(c)[1:], "--init-from", c.run / "stage1"], 2, "/stage1/final.safetensors: belongs to models "),
     Case("temporary files of a killed save", stale, 0, "/.step-00000011.safetensors.123.tmp: left by an interrupted save, removed", ends_as_the_unbroken),
     Case("file times that lie", older_by_time, 0, "resuming at step 9", ends_as_the_unbroken),
+    Case("a copy of a checkpoint under a name of the user's", renamed_copy, 0, "resuming at step 9", ends_as_the_unbroken),
+    Case("the best weights damaged", best_damaged, 0, "{d}/stage1/best.safetensors: not a checkpoint of ours (*; the weights of the last step are taken"),
+    Case("the result lost from a finished run", final_lost, 0, "stage1: done (all steps)", ends_as_the_unbroken),
     Case("an old checkpoint that cannot be deleted", undeletable, 0, "/step-00000003.safetensors: could not be deleted", ends_as_the_unbroken),
 ]
 FOLDERS = [
@@ -375,6 +423,8 @@ FOLDERS = [
     Case("the run folder is a link to nothing", at("f", lambda p: p.symlink_to(p.parent / "none")), 2, "error: {d}/f/stage1: cannot be used as output folder (", before_the_models),
     Case("a run folder that cannot be written", lambda c: ["train_stage1.py", "--config", c.config, "--run", "/proc/run"], 2,
          "error: /proc/run/stage1: cannot be used as output folder (", before_the_models),
+    Case("a log folder that is a file", lambda c: (c.d / "f").write_text("x") and c.stage(1, "--log-dir", c.d / "f"), 2,
+         "error: --log-dir {d}/f: cannot be used (File exists); give a folder that can be written", before_the_models),
     Case("a cache folder that cannot be written", lambda c: c.stage(1, "--cache-dir", "/proc/cache"), 2, "the feature cache cannot be written (*); choose another --cache-dir"),
     Case("stage 2 without stage 1", lambda c: c.stage(2), 2, "error: {d}/stage1/final.safetensors: stage1 has not run; run first: python train_stage1.py --config "),
     Case("stage 2 after an unfinished stage 1", unfinished, 2, "error: {d}/stage1/final.safetensors: stage1 is not finished; run first: python train_stage1.py --config "),
@@ -383,6 +433,9 @@ FOLDERS = [
     Case("resuming with another learning rate", resumed("--learning-rate", 0.5), 2,
          RESUME + "was made with other settings (learning_rate 0.001 -> 0.5); give the old ones, begin anew with --fresh, or go on with the new ones with --allow-changed"),
     Case("the same, allowed", resumed("--learning-rate", 0.5, "--allow-changed"), 0, "resuming at step 9"),
+    Case("another weight decay, allowed", resumed("--weight-decay", 0.5, "--allow-changed"), 0, "resuming at step 9", decays_by_a_half),
+    Case("without the whitening, allowed", resumed("--no-whiten", "--allow-changed"), 2, RESUME + "was made with whiten True -> False, which cannot change within a run; give the old one, or begin anew with --fresh"),
+    Case("with 8-bit Adam, allowed", resumed("--adam-8bit", "--allow-changed"), 2, RESUME + "was made with adam_8bit False -> True, which cannot change within a run"),
     Case("resuming with other dimensions", resumed("--num-tokens", 4), 2, RESUME + "was made with dims *'num_tokens': 8*, this run has *'num_tokens': 4"),
     Case("resuming with another base model", other_base, 2, RESUME + "was made with fingerprints "),
     Case("resuming with other data", other_data, 2, RESUME + "was made with other settings ("),
@@ -414,6 +467,8 @@ PICTURES = [
          "error: --init-image {d}/i.png: not a picture that Pillow reads", no_picture),
     Case("judging a run that is not there", lambda c: ["evaluate.py", "--run", c.d / "none"], 2, "error: {d}/none: holds no adapter.safetensors"),
     Case("a report of a run that is not finished", lambda c: ["report.py", "--run", c.d], 2, "error: {d}/stage1/result.json: is missing, so stage1 is not finished"),
+    Case("a report after test files were lost", left_out("report.py", "--columns", 10), 0, "left out: zero bytes", says_which),
+    Case("judging after test files were lost", left_out("evaluate.py", "--quick"), 0, "left out: zero bytes", says_which),
     Case("data made with other settings", world_into(made_with_another_seed), 2, "error: {d}/out: holds data made with "),
     Case("a data folder that is a file", world_into(lambda p: p.write_text("")), 2, "error: {d}/out: cannot be written ("),
     Case("no stamps of Tux Paint", lambda c: ["prepare_data.py", "tuxpaint", "--stamps", c.d, "--out", c.d / "out"], 2, "error: {d}: holds no stamps with sounds; install them: "),
@@ -425,7 +480,7 @@ FULL_DISKS = [  # (case, bytes after which the disk is full)
     (Case("a disk that is full at the picture", generate(), 1, "error: no space left "), 2_000),
 ]
 CASES = CHECKPOINTS + FOLDERS + PICTURES + [case for case, _ in FULL_DISKS]
-REPLACED = ("step-00000003.safetensors", "step-00000006.safetensors", "step-00000009.safetensors", "step-00000010.safetensors", "rows-00000.safetensors")
+REPLACED = ("best.safetensors", "step-00000003.safetensors", "step-00000006.safetensors", "step-00000009.safetensors", "step-00000010.safetensors", "rows-00000.safetensors")
 LIMITS = {case.fault: limit for case, limit in FULL_DISKS}
 
 

@@ -27,8 +27,8 @@ LOADER = Case("a loader process is killed, by the kernel for want of memory or b
 MAKER = Case("a process that makes the data is killed", None, 1, "error: sound world: a process of it was killed, perhaps for want of memory; run the same command again")
 SECOND = Case("a second run in the same folder", None, 2, "error: {d}/stage1: process * is working in this folder; wait for it, or give another --run")
 GPU = Case("the GPU is out of memory", None, 1,
-           "error: the GPU is out of memory; checkpoints are intact; lower --batch-size and raise --accumulation by the same factor, lower --val-batch-size, or add "
-           "--checkpointing all or --frozen-dtype nf4, with --allow-changed")
+           "error: the GPU is out of memory; checkpoints are intact; lower --batch-size; a stage can raise --accumulation by the same factor, lower --val-batch-size, "
+           "or take --checkpointing all or --frozen-dtype nf4, with --allow-changed")
 LOGS = Case("a disk that is full at the logs", None, 1, "error: no space left for /runs/log.txt; free some and run again")
 PROCESSES = [LOADER, MAKER, SECOND, GPU, LOGS]
 
@@ -174,7 +174,9 @@ config.run_main(main)
     ("class Swallows:\n    def __del__(self):\n        os.kill(os.getpid(), signal.SIGTERM)\n        time.sleep(0.1)\n"
      "def main():\n    one = Swallows()\n    del one\n    print('went on', flush=True)\n    time.sleep(20)\n    print('lost', flush=True)\n", "went on\n"),
     ("def main():\n    with config.stops_held():\n        os.kill(os.getpid(), signal.SIGTERM)\n        time.sleep(0.1)\n        print('held', flush=True)\n"
-     "    time.sleep(20)\n    print('lost', flush=True)\n", "held\n")], ids=["swallowed in a callback", "held"])
+     "    time.sleep(20)\n    print('lost', flush=True)\n", "held\n"),
+    ("import runs\ndef main():\n    with runs.StopSignal():\n        os.kill(os.getpid(), signal.SIGTERM)\n        time.sleep(0.1)\n        print('saved', flush=True)\n"
+     "    print('lost', flush=True)\n", "saved\n")], ids=["swallowed in a callback", "held", "after a stage's last look at it"])
 def test_a_signal_is_not_lost(program, said, tmp_path):
     """Python swallows what a handler raises inside __del__ or at a fork: the signal comes again."""
     path = tmp_path / "program.py"
@@ -182,6 +184,44 @@ def test_a_signal_is_not_lost(program, said, tmp_path):
     done = script(path)
     assert done.returncode == 143 and done.stdout == said, done.stdout + done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("stopped by SIGTERM")
+
+
+def step_of_newest(folder: Path) -> int:
+    return max((int(path.stem[5:]) for path in (folder / "checkpoints").glob("step-*")), default=-1)
+
+
+@pytest.mark.parametrize("signum, code", [(INT, 130), (None, 141)], ids=["Ctrl-C takes `| tee log` along", "`| head` has read enough"])
+def test_a_stage_whose_output_nobody_reads_saves(signum, code, tmp_path, config):
+    process = subprocess.Popen([sys.executable, str(ROOT / "train_stage1.py"), "--config", config, "--run", tmp_path, "--steps", "3000", "--save-every", "2000",
+                                "--workers", "1"], cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    log, deadline = tmp_path / "stage1/log.jsonl", time.time() + 120
+    os.set_blocking(process.stdout.fileno(), False)
+    while not (log.exists() and '"step": 5,' in log.read_text()) and time.time() < deadline:
+        process.stdout.read()
+        time.sleep(0.01)
+    process.stdout.close()
+    if signum:
+        process.send_signal(signum)
+    assert process.wait(60) == code
+    assert step_of_newest(tmp_path / "stage1") >= 5 and not list(tmp_path.rglob(".*.tmp")) and not left_behind(process.pid)
+
+
+def test_a_closed_terminal_in_a_validation_saves(tmp_path, world):
+    """The terminal is a real one, and is gone when the validation's figures are to be written to it."""
+    import pty
+    config = write_config(tmp_path / "slow.json", world, tmp_path / "run", tmp_path / "cache", val_draws=8)
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([sys.executable, str(ROOT / "train_stage1.py"), "--config", config], cwd=ROOT, env=ENV, stdin=theirs, stdout=theirs, stderr=theirs,
+                               start_new_session=True)
+    os.close(theirs)
+    said, deadline = b"", time.time() + 120
+    while b"starting at step 0" not in said and time.time() < deadline:
+        said += os.read(ours, 4096)
+    time.sleep(0.5)
+    os.close(ours)
+    process.send_signal(HUP)
+    assert process.wait(60) == 129
+    assert step_of_newest(tmp_path / "run/stage1") == 0 and not list(tmp_path.rglob(".*.tmp")) and not left_behind(process.pid)
 
 
 def test_two_runs_in_one_folder_and_kill_9_frees_it(tmp_path, config):

@@ -140,7 +140,7 @@ def test_a_killed_process_is_restarted_and_the_run_ends_with_the_same_bits(rank,
     flags = ["--config", config, "--steps", 24, "--save-every", 4, "--validate-every", 8, "--samples", 0, "--batch-size", 2]
     ok(ended(torchrun("train_stage1.py", *flags, "--run", tmp_path / "whole")))
     folder = tmp_path / "cut/stage1"
-    process = torchrun("train_stage1.py", *flags, "--run", tmp_path / "cut", restarts=2)
+    process = torchrun("train_stage1.py", *flags, "--fresh", "--run", tmp_path / "cut", restarts=2)  # a restart must not begin afresh
     wait_for(lambda: (folder / "log.jsonl").exists() and len(logged(folder)) >= 10)
     children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     ranks = {int(dict(item.split("=", 1) for item in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in item)
