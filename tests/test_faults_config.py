@@ -146,3 +146,9 @@ def test_help_loads_nothing_heavy(name):
     program = f"import sys, runpy; sys.argv = ['{name}', '--help']\ntry: runpy.run_path('{name}', run_name='__main__')\nfinally: print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=ENV, capture_output=True, text=True)
     assert done.returncode == 0 and "usage:" in done.stdout and done.stdout.endswith("False\n") and not done.stderr
+
+
+def test_the_lines_that_mutants_py_changes_are_there():
+    from mutants import CHANGES
+    for module, old, *_ in (change for changes in CHANGES.values() for change in changes):
+        assert (ROOT / module).read_text().count(old) == 1, f"{module}: {old}"
