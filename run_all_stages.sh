@@ -39,6 +39,7 @@ fi
 
 stop() {  # hand the signal on, wait until the stage has saved, leave with its exit code
     local code=0
+    child=${child:-$(jobs -pr)}  # a signal may come between its start and the note of its number
     if [ -n "${child-}" ]; then
         kill -s "${hand_on:-$1}" "$child" 2>/dev/null || true
         wait "$child" || code=$?

@@ -172,11 +172,10 @@ def test_each_sound_of_a_batch_is_heard_in_its_own_picture_only(draw, sounds, tm
 
 
 def test_batches_are_small_and_change_nothing(draw, sounds, tmp_path, monkeypatch):
-    monkeypatch.setattr(generate, "BATCH", 2)
     sizes, pictures = [], stock.pictures
     monkeypatch.setattr(stock, "pictures", lambda pipe, embeds, *args, **kw: (
         sizes.append(len(embeds)), pictures(pipe, embeds, *args, **kw))[1])
-    draw(sounds["siren"], sounds["rain"], sounds["engine"], "--each", "--attention-map")
+    draw(sounds["siren"], sounds["rain"], sounds["engine"], "--each", "--attention-map", "--batch-size", 2)
     assert sizes == [2, 1]
     for i, name in enumerate(("siren", "rain", "engine")):
         maps = np.load(tmp_path / f"out-{i + 1}-attention.npz")
