@@ -53,7 +53,7 @@ def time_pictures(args, place: Path) -> list[dict]:
     pipe = stock.load_stock_pipeline(Path(named[1]), adapter, device, common.DTYPES[args.precision])
     audio_embeds = torch.nn.functional.normalize(torch.randn(args.batch_size, 512, generator=torch.Generator().manual_seed(0)), dim=-1)
     seeds = list(range(args.batch_size))
-    asked = argparse.Namespace(attention_map=False, prompt="", guidance=GUIDANCE, steps=args.steps)
+    asked = argparse.Namespace(attention_map=False, prompt="", guidance=GUIDANCE, steps=args.steps, batch_size=args.batch_size)
     both = torch.stack([torch.zeros(1, 512), audio_embeds[:1]]).to(device, pipe.unet.dtype)  # (2, 1, E)
 
     def now() -> float:
