@@ -158,6 +158,7 @@ def in_processes(function, jobs: list, workers: int, what: str, unit: str) -> li
     """
     from concurrent.futures import ProcessPoolExecutor
     from concurrent.futures.process import BrokenProcessPool
+    from multiprocessing import active_children
 
     from tqdm import tqdm
     pool = ProcessPoolExecutor(workers, initializer=start_worker, initargs=(os.getpid(),))
@@ -166,7 +167,11 @@ def in_processes(function, jobs: list, workers: int, what: str, unit: str) -> li
     except BrokenProcessPool:
         raise RunFailed(f"{what}: a process of it was killed, perhaps for want of memory; run the same command again, with fewer --workers") from None
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)
+        deadline = time.monotonic() + 5  # for the jobs that have begun
+        for worker in active_children():  # one waits for ever if a killed one held the queue's lock, and it ignores the pool's SIGTERM
+            worker.join(max(0, deadline - time.monotonic()))
+            worker.kill()
 
 
 def make_example(job: tuple[Path, int, int, int, tuple[str, ...]]) -> dict:

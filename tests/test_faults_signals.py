@@ -135,8 +135,29 @@ def test_a_killed_process_of_the_data_is_one_sentence(tmp_path):
     worker = next(int(pid) for pid in left_behind(process.pid) if int(pid) != process.pid)
     os.kill(worker, signal.SIGKILL)
     done = process.end(60)
+    for unfinished in tmp_path.rglob(f".*.{worker}.tmp"):  # the killed one's own, which the next start removes
+        unfinished.unlink()
     check(MAKER, done, tmp_path, {})
     assert not (tmp_path / "made/metadata.jsonl").exists()
+
+
+IDLE = """import os, signal, time
+from pathlib import Path
+import config, prepare_data
+def job(_):
+    time.sleep(1)  # until the other one waits for a job, with the lock of the queue
+    pool = Path(f"/proc/{os.getppid()}/task/{os.getppid()}/children").read_text().split()
+    [os.kill(int(pid), signal.SIGKILL) for pid in pool if int(pid) != os.getpid()]
+def main(): prepare_data.in_processes(job, [0], 2, "sound world", "job")
+config.run_main(main)
+"""
+
+
+def test_a_process_that_is_killed_with_a_lock_does_not_hang_the_others(tmp_path):
+    """It had nothing to do, so all is done; the other one waits for the lock."""
+    (tmp_path / "program.py").write_text(IDLE)
+    done = ok(Started(tmp_path / "program.py").end(20))
+    assert not left_behind(done.pid)
 
 
 @pytest.mark.parametrize("error, case", [("torch.OutOfMemoryError('CUDA out of memory')", GPU), ("OSError(28, 'No space left on device', '/runs/log.txt')", LOGS)],
