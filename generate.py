@@ -163,14 +163,19 @@ def adapter_facts(path: Path) -> dict:
     """The metadata of an adapter file: stage, base_model, clap_model, fingerprints, dims, image_size, tanh_gate.
 
     Raises:
-        UserError: not an adapter of ours.
+        UserError: not an adapter of ours, or its content is not what was written.
     """
     from safetensors import SafetensorError, safe_open
+
+    import pretrained
     try:
         with safe_open(path, framework="np") as file:
             facts = json.loads((file.metadata() or {})["clap2diffusion"])
+            recorded = facts.pop("sha256", "")  # the first versions wrote none
+            if recorded and recorded != pretrained.adapter_digest(facts, {key: file.get_tensor(key) for key in file.keys()}):
+                raise UserError(f"{path}: its content does not match its SHA-256; the file was altered, use another copy of it")
             return {**facts, "fingerprints": {**facts["fingerprints"]}, "dims": {**facts["dims"]}}
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not an adapter of ours ({type(error).__name__}); expected an adapter.safetensors that a "
                         "stage has written") from None
 

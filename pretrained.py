@@ -112,6 +112,15 @@ def fingerprint(model_dir: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def adapter_digest(facts: dict, tensors: dict[str, np.ndarray]) -> str:
+    """SHA-256 of what an adapter's metadata say and of its tensors."""
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tensors[name].shape}".encode())
+        digest.update(np.ascontiguousarray(tensors[name]))
+    return digest.hexdigest()
+
+
 def fingerprints(base: Path, clap: Path) -> dict[str, str]:
     """Which models an adapter belongs to: the UNet it was trained in and the CLAP whose embeddings it reads."""
     return {"unet": fingerprint(base / "unet"), "clap": fingerprint(clap)}

@@ -19,6 +19,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 import parallel
+import pretrained
 import runs
 from common import DTYPES, AudioAttentionAdapter, AudioProjectionMLP, peak_memory_mb, quiet_libraries
 from config import GUIDANCE, SCHEDULERS, RunFailed, write_atomic, write_json
@@ -44,12 +45,13 @@ def stock_layout(audio_proj: AudioProjectionMLP, audio_attn: AudioAttentionAdapt
 
 
 def write_adapter(path: Path, weights: dict, unet: nn.Module, header: dict) -> None:
-    """Write the file that stock diffusers loads; its metadata tell which CLAP and base model it belongs to."""
+    """Write the file that stock diffusers loads; its metadata tell which CLAP and base model it belongs to, and its SHA-256."""
     facts = {key: header[key] for key in ("stage", "step", "base_model", "clap_model", "fingerprints", "dims")}
     facts |= {"image_size": header["settings"]["image_size"],
               "tanh_gate": float(torch.tanh(weights["audio_attn"].gate.detach()))}
-    write_atomic(path, safetensors_bytes(stock_layout(weights["audio_proj"], weights["audio_attn"], unet),
-                                              {"clap2diffusion": json.dumps(facts)}))
+    tensors = stock_layout(weights["audio_proj"], weights["audio_attn"], unet)
+    facts["sha256"] = pretrained.adapter_digest(facts, {name: tensor.numpy() for name, tensor in tensors.items()})
+    write_atomic(path, safetensors_bytes(tensors, {"clap2diffusion": json.dumps(facts)}))
 
 
 def load_stock_pipeline(base_dir: Path, adapter_path: Path, device: str = "cpu", dtype=torch.float32, scheduler: str = "base",

@@ -457,6 +457,8 @@ PICTURES = [
     Case("no run to make a picture with", generate(run="none"), 2, "error: {d}/none: holds no adapter.safetensors; expected a run folder with a finished stage", no_picture),
     *(Case(f"{kind} adapter", damaged_adapter(kind), 2, "error: {d}/given/adapter.safetensors: not an adapter of ours", no_picture)
       for kind in ("truncated", "empty", "another program's", "a pickle as")),
+    Case("one bit flipped in the adapter", damaged_adapter("one bit flipped in the"), 2,
+         "error: {d}/given/adapter.safetensors: its content does not match its SHA-256", no_picture),
     Case("another CLAP than the adapter's", other_clap, 2, "error: {d}/clap: is CLAP *, but * was trained with CLAP ", no_picture),
     Case("a sound that is missing", generate_from(lambda p: None), 2, "error: --audio {d}/a.wav: is not a file; expected a sound file", no_picture),
     Case("a folder as sound for a picture", generate_from(lambda p: p.mkdir()), 2, "error: --audio {d}/a.wav: is not a file; expected a sound file", no_picture),
