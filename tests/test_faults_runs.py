@@ -477,6 +477,7 @@ PICTURES = [
 ]
 FULL_DISKS = [  # (case, bytes after which the disk is full)
     (Case("a disk that is full at a checkpoint", resumed(), 1, "error: no space left in {d}/stage1/checkpoints, * MB needed for step-00000009.safetensors"), FULL),
+    (Case("a disk that is full at the best weights", lambda c: c.stage(1), 1, "error: no space left in {d}/stage1, * MB needed for best.safetensors"), 100_000),
     (Case("a disk that is full at the feature cache", lambda c: c.stage(1, "--cache-dir", c.d / "cache"), 1, "error: no space left in {d}/cache/*, * MB needed for "), 100_000),
     (Case("a disk that is full while the data are made", world_into(lambda p: None), 1, "error: no space left in {d}/out/audio, * MB needed for ", stops_at_a_limit), 20_000),
     (Case("a disk that is full at the picture", generate(), 1, "error: no space left "), 2_000),
