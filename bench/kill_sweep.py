@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 from bench_tools import ROOT, write_results
@@ -60,8 +62,9 @@ def equal(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(x, b[key]) if isinstance(x, torch.Tensor) else x == b[key] for key, x in a.items())
 
 
-def sweep(target: str, workers: int, kills: int, place: Path, config: Path, before: list, dice: random.Random, unbroken: dict, seconds: float) -> list[int]:
-    """[killed, resumed, equal] of one stage or the cache with one number of loader processes."""
+def sweep(target: str, workers: int, kills: int, place: Path, config: Path, before: list, dice: random.Random, unbroken: dict, seconds: float,
+          saving: Counter) -> list[int]:
+    """[killed, resumed, equal] of one stage or the cache with one number of loader processes; `saving` counts the files that were being saved."""
     from conftest import Started
     total = [0, 0, 0]
     while total[0] < kills:
@@ -72,12 +75,13 @@ def sweep(target: str, workers: int, kills: int, place: Path, config: Path, befo
         while True:
             process = Started(*command)
             kill = total[0] + of_this_run < kills
-            moment, skip = time.time() + dice.uniform(0, seconds), dice.randrange(4)
-            inside, seen = (total[0] + of_this_run) % 2 == 1, set()
+            moment, skip = time.time() + dice.uniform(0, seconds), dice.randrange(6)
+            inside, seen, new = (total[0] + of_this_run) % 2 == 1, set(), set()
             while process.poll() is None and kill:
                 if inside:  # inside a save: its temporary file is there
-                    folder = here / "cache" if target == "cache" else here / "run" / target / "checkpoints"
-                    seen |= {path.name for path in folder.rglob(".*.tmp")}
+                    folder = here / "cache" if target == "cache" else here / "run" / target  # checkpoints, best, adapter, pictures, result
+                    new = {path.name for path in folder.rglob(".*.tmp")} - seen
+                    seen |= new
                     if len(seen) > skip:
                         break
                 elif time.time() > moment:
@@ -88,6 +92,7 @@ def sweep(target: str, workers: int, kills: int, place: Path, config: Path, befo
             done = process.end()
             if done.returncode == -signal.SIGKILL:
                 of_this_run += 1
+                saving.update(re.split(r"-\d|\.", name)[1] for name in list(new)[:1])
                 continue
             mended = done.returncode == 0
             if not mended:
@@ -103,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     from conftest import ok, script, write_config
     targets = [(target, workers) for target in ("cache", "stage1", "stage2", "stage3") for workers in (0, 1, 2)]
-    dice, began, all_of_them, rows = random.Random(args.seed), time.time(), [0, 0, 0], []
+    dice, began, all_of_them, rows, saving = random.Random(args.seed), time.time(), [0, 0, 0], [], Counter()
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
         ok(script("prepare_data.py", "world", "--out", place / "world", "--train", 40, "--val", 4, "--test", 4))
@@ -121,11 +126,12 @@ def main(argv: list[str] | None = None) -> None:
         for n, (target, workers) in enumerate(targets):
             kills = args.kills * (n + 1) // len(targets) - args.kills * n // len(targets)
             before = ["--init-from", place / f"unbroken/run/stage{int(target[-1]) - 1}"] if target in ("stage2", "stage3") else []
-            found = sweep(target, workers, kills, place, config, before, dice, unbroken[target], seconds[target])
+            found = sweep(target, workers, kills, place, config, before, dice, unbroken[target], seconds[target], saving)
             all_of_them = [a + b for a, b in zip(all_of_them, found)]
             print(f"{target}, {workers} loader processes: {' / '.join(map(str, found))}", flush=True)
             rows.append({"what": "feature cache" if target == "cache" else target, "loader processes": workers, **dict(zip(COLUMNS, found))})
-    write_results("kill-sweep", "kill_sweep.py", argv, f"{STEPS} steps of each stage, a checkpoint at every one; half of the kills inside a save",
+    write_results("kill-sweep", "kill_sweep.py", argv, f"{STEPS} steps of each stage, a checkpoint at every one; half of the kills aimed inside a save, which hit that of "
+                  + ", ".join(f"{name} {n}" for name, n in saving.most_common()),
                   [*rows, {"what": "all", "loader processes": "", **dict(zip(COLUMNS, all_of_them))}], "cpu")
     print(f"seed {args.seed}, {time.time() - began:.0f} s: killed {all_of_them[0]} / resumed {all_of_them[1]} / equal {all_of_them[2]}", flush=True)
     if len(set(all_of_them)) > 1:
