@@ -4,7 +4,9 @@
 #
 #   bash bench/run.sh                  # the few-step table needs the default run: bash run_all_stages.sh
 #   bash bench/run.sh --smoke          # everything small, keeps no result
-#   PUBLISHED=train_text_to_image_lora.py bash bench/run.sh    # diffusers' script beside (pip install datasets torchvision)
+#   SD15=/tmp/sd15 bash bench/run.sh   # keeps the models of SD 1.5's shapes there (5 GB)
+#   PUBLISHED=train_text_to_image_lora.py PUBLISHED_PYTHON=.venv-published/bin/python bash bench/run.sh
+#       # diffusers' script beside; that Python has requirements.txt, datasets and torchvision
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . ./setup_env.sh
@@ -24,18 +26,23 @@ if [ "${1-}" = "--smoke" ]; then
     "$PYTHON" bench/long_run.py --steps 100
     exit
 fi
-sd15="--sd15 --models $work/sd15"
+sd15="--sd15 --models ${SD15:-$work/sd15}"
 "$PYTHON" bench/step.py
 "$PYTHON" bench/step.py $sd15 --image-size 128 --batch-size 2 --block 1 --pairs 11
-"$PYTHON" bench/peer.py --steps 10 --precisions fp32 $published
-"$PYTHON" bench/peer.py $sd15 --image-size 256 --batch-size 1 --steps 3 $published
+"${PUBLISHED_PYTHON:-$PYTHON}" bench/peer.py --steps 10 --precisions fp32 $published
+"${PUBLISHED_PYTHON:-$PYTHON}" bench/peer.py $sd15 --image-size 256 --batch-size 1 --steps 3 $published
 "$PYTHON" bench/cache.py
 "$PYTHON" bench/startup.py --repeats 5
 "$PYTHON" bench/memory.py --batch-size 8 --steps 40 --repeats 5
-"$PYTHON" bench/memory.py $sd15 --image-size 512 --batch-size 1 --steps 3 --only plain "bf16, checkpointing down" \
+"$PYTHON" bench/memory.py $sd15 --image-size 512 --batch-size 1 --steps 3 --repeats 5 --only plain "bf16, checkpointing down" \
     "bf16, checkpointing all, batch x 2" "nf4, 8-bit, checkpointing all"
-"$PYTHON" bench/memory.py $sd15 --image-size 128 --batch-size 1 --steps 3 --only plain "frozen bf16" "frozen nf4" "bf16, checkpointing all" \
+"$PYTHON" bench/memory.py $sd15 --image-size 128 --batch-size 1 --steps 3 --repeats 5 --only plain "frozen bf16" "frozen nf4" "bf16, checkpointing all" \
     "nf4, 8-bit, checkpointing all"
-"$PYTHON" bench/generation.py
+"$PYTHON" bench/generation.py --only time
+if [ -e runs/tiny/stage3/adapter.safetensors ]; then
+    "$PYTHON" bench/generation.py --only quality
+else
+    echo "no default run under runs/tiny: the few-step table is left out; bash run_all_stages.sh makes one (and bench/generation.py the table)"
+fi
 "$PYTHON" bench/kill_sweep.py
 "$PYTHON" bench/long_run.py
