@@ -39,7 +39,7 @@ sd15="--sd15 --models ${SD15:-$work/sd15}"
 "$PYTHON" bench/memory.py $sd15 --image-size 128 --batch-size 1 --steps 3 --repeats 5 --only plain "frozen bf16" "frozen nf4" "bf16, checkpointing all" \
     "nf4, 8-bit, checkpointing all"
 "$PYTHON" bench/generation.py --only time
-if [ -e runs/tiny/stage3/adapter.safetensors ]; then
+if [ -e runs/tiny/adapter.safetensors ]; then
     "$PYTHON" bench/generation.py --only quality
 else
     echo "no default run under runs/tiny: the few-step table is left out; bash run_all_stages.sh makes one (and bench/generation.py the table)"
