@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
         if block != found[2]:
             differing.append(name)
             text = text[:found.start(2)] + block + text[found.end(2):]
-    print("differ: " + (", ".join(differing) or "none"))
+    print(("differ: " if args.check else "rewritten: ") + (", ".join(differing) or "none"))
     if args.check and differing:
         raise RunFailed(f"README.md: {', '.join(differing)} differ from their sources; run python tools/make_readme.py")
     if not args.check:
