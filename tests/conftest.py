@@ -18,6 +18,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 BASE, CLAP = ROOT / "assets/tiny/base", ROOT / "assets/tiny/clap"
 ENV = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(ROOT)}
+for signum in (signal.SIGHUP, signal.SIGINT):  # nohup, or an & in a script, ignores them, and what is started here would too
+    if signal.getsignal(signum) == signal.SIG_IGN:
+        signal.signal(signum, signal.SIG_DFL)
 
 
 @cache

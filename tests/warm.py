@@ -11,7 +11,6 @@ import json
 import os
 import resource
 import runpy
-import signal
 import sys
 
 
@@ -63,7 +62,6 @@ if __name__ == "__main__":
             os.close(file)
         if job["file_limit"]:  # a write beyond it fails as on a full disk (Python ignores SIGXFSZ)
             resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"],) * 2)
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may have been started by nohup
         sys.argv = job["argv"]
         sys.path[0] = os.path.dirname(job["argv"][0])
         runpy.run_path(job["argv"][0], run_name="__main__")
