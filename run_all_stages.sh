@@ -56,12 +56,11 @@ hand_on=TERM  # pip in the background ignores SIGINT
 hand_on=
 
 # every mistake in config or flags shows now, not hours later
-plan=$("$PYTHON" config.py plan "$config" "$@")
+plan=$("$PYTHON" tools/plan.py "$config" "$@")
 eval "$plan"  # sets RUN and the arrays DATA, EVALUATE, STAGE1, STAGE2, STAGE3, all quoted by Python
 
 if [ "${#DATA[@]}" -gt 0 ]; then run "$PYTHON" prepare_data.py "${DATA[@]}"; fi
 run "$PYTHON" train_stage1.py "${STAGE1[@]}"
 run "$PYTHON" train_stage2.py "${STAGE2[@]}"
 run "$PYTHON" train_stage3.py "${STAGE3[@]}"
-run "$PYTHON" report.py --run "$RUN" --device "$DEVICE"
-if [ "${#EVALUATE[@]}" -gt 0 ]; then run "$PYTHON" evaluate.py --run "$RUN" --device "$DEVICE" "${EVALUATE[@]}"; fi
+run "$PYTHON" evaluate.py --run "$RUN" --device "$DEVICE" "${EVALUATE[@]}"

@@ -1,82 +1,121 @@
-"""What the benchmarks share: models of real size with random weights, watched scripts, tables of results."""
+"""What the benchmarks share: flags, models of real size, a small world, watched scripts, times, tables."""
 
-from __future__ import annotations
-
+import argparse
 import json
 import os
 import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+
+import torch
+from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 
-from config import RunFailed, write_atomic, write_json  # noqa: E402
+from clap2diffusion.base.exits import RunFailed, run_main  # noqa: E402
+from clap2diffusion.base.files import write_atomic, write_json  # noqa: E402
+from clap2diffusion.base.settings import Number, new_parser  # noqa: E402
+
+RUN = "RUN"
+TINY = ["--base-model", str(ROOT / "assets/tiny/base"), "--clap-model", str(ROOT / "assets/tiny/clap")]
+FLAGS = {"steps": (Number(int, 3), "optimizer steps of each run"), "repeats": (Number(int, 1), "turns"),
+         "batch_size": (Number(int, 1), "samples in a step"),
+         "image_size": (Number(int, 64, 1024, multiple_of=64), "side of the pictures")}
+
+
+def bench_parser(doc: str, **defaults: int) -> argparse.ArgumentParser:
+    """A parser with --sd15 and --models, and with those of FLAGS that a default is given for."""
+    parser = new_parser(doc)
+    add = parser.add_argument
+    add("--sd15", action="store_true", help="SD 1.5's architecture with random weights")
+    add("--models", default="", help="where --sd15's models lie, or are made and kept ('' = made anew)")
+    for name, default in defaults.items():
+        kind, text = FLAGS[name]
+        add(f"--{name.replace('_', '-')}", type=kind, default=default, help=text)
+    return parser
+
+
+def start(main, parser: argparse.ArgumentParser) -> None:
+    """Call main(args, place) with a folder that is removed at the end, and exit as our scripts do."""
+    def run():
+        args = parser.parse_args()
+        with tempfile.TemporaryDirectory() as place:
+            main(args, Path(place))
+    run_main(run)
+
+
+def size_name(args) -> str:
+    return "sd15" if args.sd15 else "tiny"
 
 
 def models(args, place: Path) -> list[str]:
-    """Flags that name the base model and CLAP: the default's, or for --sd15 those of --models, made there if missing."""
+    """Flags of base model and CLAP: the default's, or for --sd15 those of --models, made there if missing."""
     if not args.sd15:
-        return ["--base-model", "assets/tiny/base", "--clap-model", "assets/tiny/clap"]
+        return TINY
     folder = Path(args.models or place / "models")
-    if not (folder / "clap/preprocessor_config.json").exists():  # the last that is written
+    if not (folder / "clap/preprocessor_config.json").exists():  # make_sd15 writes it last
         make_sd15(folder)
     return ["--base-model", str(folder / "base"), "--clap-model", str(folder / "clap")]
 
 
-def model_flags(parser) -> None:
-    parser.add_argument("--sd15", action="store_true", help="SD 1.5's architecture with random weights instead of the default's models")
-    parser.add_argument("--models", default="", help="where --sd15's models lie, or are made and kept ('' = make them anew)")
-
-
-def make_sd15(folder) -> None:
-    """Stable Diffusion 1.5 and larger_clap's shapes from their published configs, with random weights."""
-    import torch
-    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import (
-        ClapConfig,
-        ClapFeatureExtractor,
-        ClapModel,
-        CLIPTextConfig,
-        CLIPTextModel,
-        CLIPTokenizer,
-    )
+def make_sd15(folder: Path) -> None:
+    """Stable Diffusion 1.5 and larger_clap in the shapes of their published configs, with random weights."""
+    import diffusers
+    import transformers
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-    vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
-                        up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, sample_size=512)
-    tokenizer = CLIPTokenizer(model_max_length=77).train_new_from_iterator(["a photo of a dog barking"], 400)
-    text_encoder = CLIPTextModel(CLIPTextConfig(
-        vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-        projection_dim=768, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id))
-    scheduler = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True,
-                              set_alpha_to_one=False, steps_offset=1)
-    StableDiffusionPipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
-                            safety_checker=None, feature_extractor=None, requires_safety_checker=False
-                            ).save_pretrained(folder / "base")
-    audio = dict(spec_size=256, num_mel_bins=64, patch_embeds_hidden_size=128, hidden_size=1024, depths=[2, 2, 12, 2],
-                 num_attention_heads=[4, 8, 16, 32], enable_fusion=False)
-    ClapModel(ClapConfig(text_config=dict(num_hidden_layers=1), audio_config=audio, projection_dim=512)).save_pretrained(
-        folder / "clap")
-    ClapFeatureExtractor(feature_size=64, sampling_rate=48000, hop_length=480, max_length_s=10, fft_window_size=1024,
-                         truncation="rand_trunc", padding="repeatpad", frequency_min=50, frequency_max=14000
-                         ).save_pretrained(folder / "clap")
+    unet = diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, sample_size=512)
+    tokenizer = transformers.CLIPTokenizer(model_max_length=77)
+    tokenizer = tokenizer.train_new_from_iterator(["a photo of a dog barking"], 400)
+    text_encoder = transformers.CLIPTextModel(transformers.CLIPTextConfig(
+        vocab_size=49408, hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id))
+    scheduler = diffusers.PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                                        skip_prk_steps=True, steps_offset=1)
+    parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    diffusers.StableDiffusionPipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet,
+                                      scheduler=scheduler, **parts).save_pretrained(folder / "base")
+    audio = {"patch_embeds_hidden_size": 128, "hidden_size": 1024, "depths": [2, 2, 12, 2]}
+    transformers.ClapModel(transformers.ClapConfig(
+        text_config={"num_hidden_layers": 1}, audio_config=audio)).save_pretrained(folder / "clap")
+    transformers.ClapFeatureExtractor(
+        truncation="rand_trunc", frequency_min=50, frequency_max=14000).save_pretrained(folder / "clap")
     assert sum(p.numel() for p in unet.parameters()) == 859_520_964
 
 
 def call(*command) -> None:
-    """Run a script of ours in a process of its own; its last line is the reason where it fails."""
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    """Run a script of ours in a process of its own; where it fails, its last line is the reason."""
+    command = list(map(str, command))
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise RunFailed(f"{' '.join(map(str, command))}: {(done.stderr.strip() or done.stdout.strip()).splitlines()[-1]}")
+        said = done.stderr.strip() or done.stdout.strip()
+        raise RunFailed(f"{' '.join(command)}: {said.splitlines()[-1]}")
 
 
-def watched(out: Path, *command, steps: int = 0) -> dict:
-    """Run a training script under watch.py, to its end or for so many optimizer steps; `step_s` is the median between them."""
+def make_world(folder: Path, train: int, val: int = 2) -> Path:
+    """A small sound world with two test clips."""
+    call("prepare_data.py", "world", "--out", folder, "--train", train, "--val", val, "--test", 2)
+    return folder
+
+
+def stage_flags(place: Path, named: list[str], image_size: int, world: str = "world") -> list[str]:
+    """Flags of a stage that trains on PLACE/WORLD and spends as little as it can beside its steps."""
+    return ["--config", "", "--data-root", str(place / world), "--cache-dir", str(place / "cache"), *named,
+            "--image-size", str(image_size), "--validate-every", "0", "--val-draws", "1", "--samples", "0",
+            "--save-every", "1000000"]
+
+
+def watched(place: Path, *command, steps: int = 0) -> dict:
+    """Run a training script under watch.py, to its end or for so many steps; `step_s` is the median step."""
+    out = place / "seen.json"
     out.unlink(missing_ok=True)
     os.environ |= {"WATCH_BEGAN": repr(time.time()), "WATCH_STEPS": str(steps)}
     call(HERE / "watch.py", out, *command)
@@ -86,14 +125,49 @@ def watched(out: Path, *command, steps: int = 0) -> dict:
     return seen
 
 
+def watched_turns(place: Path, repeats: int, commands: dict, steps: int = 0) -> dict:
+    """What watch.py saw of each command in each turn; RUN in a command becomes a folder of its own."""
+    found = {name: [] for name in commands}
+    for turn in range(repeats):
+        for name in tqdm(commands, desc=f"turn {turn + 1} of {repeats}", unit="run"):
+            run = place / f"run-{name}-{turn}"
+            command = [run if token == RUN else token for token in commands[name]]
+            found[name].append(watched(place, *command, steps=steps))
+    return found
+
+
+def clock() -> float:
+    """Seconds, after the GPU is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def in_turns(repeats: int, *functions) -> list[list[float]]:
+    """Seconds of each function, called with the turn's number; the turn before the first is a warm-up."""
+    found: list[list[float]] = [[] for _ in functions]
+    for turn in range(repeats + 1):
+        for function, seconds in zip(functions, found, strict=True):
+            began = clock()
+            function(turn)
+            seconds.append(clock() - began)
+    return [seconds[1:] for seconds in found]
+
+
 def device_name(device: str = "auto") -> str:
-    import torch
-    return torch.cuda.get_device_name() if torch.cuda.is_available() and device != "cpu" else f"CPU, {torch.get_num_threads()} threads"
+    cuda = torch.cuda.is_available() and device != "cpu"
+    return torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
 
 
-def spread(values: list[float]) -> list[float]:
+def spread(values) -> list[float]:
     """[median, lowest, highest]."""
+    values = list(values)
     return [statistics.median(values), min(values), max(values)]
+
+
+def ratios(a, b) -> list[float]:
+    """Spread of the ratios of what was measured turn by turn."""
+    return spread(x / y for x, y in zip(a, b, strict=True))
 
 
 def show(value) -> str:
@@ -103,15 +177,16 @@ def show(value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def write_results(name: str, script: str, argv: list[str] | None, about: str, rows: list[dict], device: str = "auto") -> None:
+def write_results(name: str, about: str, rows: list[dict], device: str = "auto") -> None:
     """Write results/NAME-DEVICE.json and .md, a table with the command above it, and print the latter."""
-    import torch
     machine = device_name(device)
-    command = shlex.join(["python", f"bench/{script}", *(sys.argv[1:] if argv is None else argv)])
-    path = Path(os.environ.get("BENCH_RESULTS", HERE / "results")) / f"{name}-{machine.split(',')[0].replace(' ', '-')}"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    command = shlex.join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    folder = Path(os.environ.get("BENCH_RESULTS", HERE / "results"))
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}-{machine.split(',')[0].replace(' ', '-')}"
     lines = [f"`{command}`: {machine}, torch {torch.__version__}; {about}", "", f"| {' | '.join(rows[0])} |",
              "|" + "---|" * len(rows[0]), *(f"| {' | '.join(map(show, row.values()))} |" for row in rows)]
-    write_json(path.with_suffix(".json"), {"command": command, "device": machine, "torch": torch.__version__, "about": about, "rows": rows})
+    facts = {"command": command, "device": machine, "torch": torch.__version__, "about": about, "rows": rows}
+    write_json(path.with_suffix(".json"), facts)
     write_atomic(path.with_suffix(".md"), ("\n".join(lines) + "\n").encode())
     print("\n".join(lines), flush=True)

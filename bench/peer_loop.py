@@ -1,92 +1,75 @@
 """The usual loop, to compare with: every step encodes its pictures, captions and sounds again.
 
-Step for step what diffusers' examples/text_to_image/train_text_to_image_lora.py does (its defaults for optimizer, learning
-rate, clipping, loader and precision; under bf16 the frozen weights are held in it), on the UNet, LoRA and audio adapter of
-our stage 2, with CLAP called in every step besides. Run by peer.py.
-"""
+    python bench/peer_loop.py DATA_ROOT BASE_MODEL CLAP_MODEL IMAGE_SIZE BATCH_SIZE STEPS PRECISION
 
-from __future__ import annotations
+Step for step what diffusers' examples/text_to_image/train_text_to_image_lora.py does: its defaults for
+optimizer, learning rate, clipping, loader and precision; under bf16 the frozen weights are held in it. It
+runs on the UNet, LoRA and audio adapter of our stage 2, and calls CLAP in every step besides. For peer.py.
+"""
 
 import sys
 from pathlib import Path
 
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.optimization import get_scheduler
+from tqdm import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import Number, new_parser, run_main  # noqa: E402
+import common  # noqa: E402
+from clap2diffusion.base.device import DTYPES, pick_device  # noqa: E402
+from clap2diffusion.dataset.encoders import CLAPAudioEncoder  # noqa: E402
+from clap2diffusion.dataset.loading import Decode  # noqa: E402
+from clap2diffusion.dataset.manifest import read_manifest  # noqa: E402
 
 
-def build_parser():
-    parser = new_parser(__doc__)
-    add = parser.add_argument
-    add("--data-root", required=True, help="data folder")
-    add("--base-model", required=True, help="Stable Diffusion, a folder")
-    add("--clap-model", required=True, help="CLAP, a folder")
-    add("--image-size", type=Number(int, 64, 1024), default=512, help="side of the pictures")
-    add("--batch-size", type=Number(int, 1), default=16, help="samples in a step")
-    add("--steps", type=Number(int, 1), default=10, help="optimizer steps")
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="fp32 is the published script's default")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="as the stages' flag")
-    return parser
+def main(data_root: str, base: str, clap: str, image_size: int, batch_size: int, steps: int, precision: str):
+    device, autocast = pick_device("auto", precision)
 
+    def frozen(kind, part: str):
+        model = kind.from_pretrained(base, subfolder=part)
+        return model.requires_grad_(False).to(device, DTYPES[precision])
 
-def main(argv: list[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
-    import torch
-    import torch.nn.functional as F
-    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-    from diffusers.optimization import get_scheduler
-    from tqdm import tqdm
-    from transformers import CLIPTextModel, CLIPTokenizer
-
-    import common
-    import data
-    import features
-    device, autocast = common.pick_device(args.device, args.precision)
-    dtype = common.DTYPES[args.precision]
     torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(args.base_model, subfolder="tokenizer")
-    scheduler = DDPMScheduler.from_pretrained(args.base_model, subfolder="scheduler")
-    vae = AutoencoderKL.from_pretrained(args.base_model, subfolder="vae").requires_grad_(False).to(device, dtype)
-    text_encoder = CLIPTextModel.from_pretrained(args.base_model, subfolder="text_encoder").requires_grad_(False).to(device, dtype)
-    unet = UNet2DConditionModel.from_pretrained(args.base_model, subfolder="unet").requires_grad_(False).to(device, dtype)
-    clap = common.CLAPAudioEncoder(args.clap_model).to(device)
+    tokenizer = CLIPTokenizer.from_pretrained(base, subfolder="tokenizer")
+    scheduler = DDPMScheduler.from_pretrained(base, subfolder="scheduler")
+    vae, text_encoder = frozen(AutoencoderKL, "vae"), frozen(CLIPTextModel, "text_encoder")
+    unet, clap = frozen(UNet2DConditionModel, "unet"), CLAPAudioEncoder(clap).to(device)
     audio_proj = common.AudioProjectionMLP(clap.embed_dim, unet.config.cross_attention_dim).to(device)
     audio_attn = common.AudioAttentionAdapter(unet, 0.4).to(device)
     audio_attn.gate.requires_grad_(False)
     audio_attn.attach(unet)
     common.add_lora(unet, 8, 32.0, 0.1)
-    lora = common.LoraWeights(unet)
-    parameters = common.trainable_parameters({"audio_proj": audio_proj, "audio_attn": audio_attn, "lora": lora})
+    weights = {"audio_proj": audio_proj, "audio_attn": audio_attn, "lora": common.LoraWeights(unet)}
+    parameters = common.trainable_parameters(weights)
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
-    lr_scheduler = get_scheduler("constant", optimizer=optimizer, num_warmup_steps=500, num_training_steps=args.steps)
+    lr_scheduler = get_scheduler("constant", optimizer, num_warmup_steps=500, num_training_steps=steps)
+    rows = [row for row in read_manifest(data_root)[0] if row.split == "train"]
+    decode = Decode(rows, image_size, clap.sampling_rate, clap.window_s, 1)
 
-    rows, _ = data.read_manifest(args.data_root)
-    decode = features._Decode([row for row in rows if row.split == "train"], args.image_size, clap.sampling_rate, clap.window_s, 1)
-    captions = [row.text for row in decode.rows]
+    def collate(picked: list[int]) -> tuple:
+        """Pictures (B, 3, H, W), token ids (B, L) of the captions, B waveforms (samples,)."""
+        images, sounds, _ = zip(*(decode[i] for i in picked), strict=True)
+        captions = [rows[i].text for i in picked]
+        ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        return torch.from_numpy(np.stack(images)), ids, [waveform for [waveform] in sounds]
 
-    class Samples(torch.utils.data.Dataset):
-        def __len__(self):
-            return len(captions)
+    loader = torch.utils.data.DataLoader(
+        range(len(rows)), batch_size, shuffle=True, collate_fn=collate, drop_last=True)
 
-        def __getitem__(self, i):
-            image, [waveform], _ = decode[i]
-            input_ids = tokenizer(captions[i], max_length=tokenizer.model_max_length, padding="max_length", truncation=True,
-                                  return_tensors="pt").input_ids[0]
-            return torch.from_numpy(image), input_ids, waveform
-
-    def collate(samples):
-        images, input_ids, waveforms = zip(*samples, strict=True)
-        return torch.stack(images).float(), torch.stack(input_ids), waveforms
-
-    loader = torch.utils.data.DataLoader(Samples(), shuffle=True, collate_fn=collate, batch_size=args.batch_size, drop_last=True)
-    step, bar = 0, tqdm(total=args.steps, unit="step")
+    step, bar = 0, tqdm(total=steps, unit="step")
     unet.train()
-    while step < args.steps:
+    while step < steps:
         for pixel_values, input_ids, waveforms in loader:
             with torch.no_grad():  # as in the published script nothing in it needs a gradient
-                latents = vae.encode(pixel_values.to(device, dtype)).latent_dist.sample() * vae.config.scaling_factor
+                posterior = vae.encode(pixel_values.to(device, vae.dtype)).latent_dist
+                latents = posterior.sample() * vae.config.scaling_factor
                 text_tokens = text_encoder(input_ids.to(device), return_dict=False)[0]
-            audio_embeds = clap(list(waveforms)).clone()
+            audio_embeds = clap(waveforms).clone()
             noise = torch.randn_like(latents)
             timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (len(latents),), device=device)
             noisy_latents = scheduler.add_noise(latents, noise, timesteps)
@@ -103,9 +86,9 @@ def main(argv: list[str] | None = None) -> None:
             step += 1
             bar.update()
             bar.set_postfix(step_loss=value)
-            if step == args.steps:
+            if step == steps:
                 break
 
 
 if __name__ == "__main__":
-    run_main(main)
+    main(*sys.argv[1:4], *map(int, sys.argv[4:7]), sys.argv[7])

@@ -1,31 +1,45 @@
-"""Shared by the tests: the small models of assets/tiny, a small sound world, and one short run of the three stages."""
+"""What the tests share: the small models, a small sound world, one short run of the three stages."""
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-BASE, CLAP = ROOT / "assets/tiny/base", ROOT / "assets/tiny/clap"
+BASE, CLAP, JUDGE = (ROOT / "assets/tiny" / name for name in ("base", "clap", "judge"))
 ENV = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(ROOT)}
-for signum in (signal.SIGHUP, signal.SIGINT):  # nohup, or an & in a script, ignores them, and what is started here would too
+PATIENCE_S = 600  # a condition that a test waits for comes within it, on a busy machine too
+for signum in (signal.SIGHUP, signal.SIGINT):  # nohup, or an & in a script, has them ignored
     if signal.getsignal(signum) == signal.SIG_IGN:
         signal.signal(signum, signal.SIG_DFL)
 
 
+def wait_for(condition, what: str, said=str, seconds: float = PATIENCE_S) -> None:
+    """Wait until condition() is true. After `seconds` the test fails and shows what said() returns."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} never came:\n{said()[-3000:]}"
+        time.sleep(0.002)
+
+
 @cache
 def warm() -> subprocess.Popen:
-    """A process that starts scripts with the libraries loaded (warm.py); what it starts becomes a child of this one."""
+    """A process that starts scripts with the libraries loaded (warm.py). What it starts becomes our child."""
     ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
     process = subprocess.Popen([sys.executable, str(ROOT / "tests/warm.py")], env=ENV, text=True, bufsize=1,
                                stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -36,10 +50,12 @@ def warm() -> subprocess.Popen:
 class Started:
     """One of our scripts, running in a session of its own, as a user started it."""
 
-    def __init__(self, name: str, *args, cwd: Path = ROOT, file_limit: int = 0):
+    def __init__(self, name: str, *args, cwd: Path = ROOT, file_limit: int = 0, output: str = ""):
+        """output: a terminal or named pipe for both streams, instead of the files that said() reads."""
         self.args = [str(ROOT / name), *map(str, args)]
         self.output = [tempfile.NamedTemporaryFile("r", encoding="utf-8") for _ in range(2)]
-        job = {"argv": self.args, "cwd": str(cwd), "stdout": self.output[0].name, "stderr": self.output[1].name,
+        stdout, stderr = (output or file.name for file in self.output)
+        job = {"argv": self.args, "cwd": str(cwd), "stdout": stdout, "stderr": stderr,
                "file_limit": file_limit}
         warm().stdin.write(json.dumps(job) + "\n")
         self.pid, self.returncode = int(warm().stdout.readline()), None
@@ -58,21 +74,23 @@ class Started:
         """All that is on stdout and stderr so far."""
         return "".join(Path(file.name).read_text() for file in self.output)
 
-    def end(self, timeout: float = 300) -> subprocess.CompletedProcess:
+    def end(self, timeout: float = PATIENCE_S) -> subprocess.CompletedProcess:
         """Wait for its end. Raises TimeoutExpired, after killing it."""
-        deadline = time.time() + timeout
+        deadline = time.monotonic() + timeout
         while self.poll() is None:
-            if time.time() > deadline:
+            if time.monotonic() > deadline:
                 os.kill(self.pid, signal.SIGKILL)
-                raise subprocess.TimeoutExpired(self.args, timeout, *map(lambda file: Path(file.name).read_text(), self.output))
+                raise subprocess.TimeoutExpired(
+                    self.args, timeout, *(Path(file.name).read_text() for file in self.output))
             time.sleep(0.002)
-        done = subprocess.CompletedProcess(self.args, self.returncode, *(Path(file.name).read_text() for file in self.output))
+        done = subprocess.CompletedProcess(
+            self.args, self.returncode, *(Path(file.name).read_text() for file in self.output))
         done.pid = self.pid
         return done
 
 
 def left_behind(session: int) -> list[str]:
-    """The processes that a script started in its session and did not end (a zombie is none)."""
+    """The processes that a script started in its session and did not end. A zombie has ended."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -84,9 +102,14 @@ def left_behind(session: int) -> list[str]:
     return found
 
 
+def has_no_process(session: int) -> None:
+    """Nothing that a script started goes on after its end. What was killed takes a moment."""
+    wait_for(lambda: not left_behind(session), "the end of its processes", seconds=60)
+
+
 def script(name: str, *args, cwd: Path = ROOT, file_limit: int = 0) -> subprocess.CompletedProcess:
-    """Run one of our scripts as a user does and return what came out. file_limit: bytes after which the disk is full."""
-    return Started(name, *args, cwd=cwd, file_limit=file_limit).end(600)
+    """Run one of our scripts as a user does. file_limit: size in bytes at which the disk counts as full."""
+    return Started(name, *args, cwd=cwd, file_limit=file_limit).end()
 
 
 def ok(done: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
@@ -94,71 +117,140 @@ def ok(done: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
     return done
 
 
+@contextmanager
+def answer(bin_dir: Path):
+    """Inside, bin_dir holds a `python` that has the warm process run scripts; the real one runs all else."""
+    bin_dir.mkdir()
+    folder = tempfile.TemporaryDirectory()  # not bin_dir: a socket's path may have 107 bytes
+    place, client = f"{folder.name}/socket", ROOT / "tests/ask.py"
+    for name in ("python", "python3"):
+        (bin_dir / name).write_text(f'''#!/bin/sh
+case "$1" in
+    *.py) exec "{sys.executable}" -S "{client}" "{place}" "$@" ;;
+    *) exec "{sys.executable}" "$@" ;;
+esac
+''')
+        (bin_dir / name).chmod(0o755)
+
+    def serve() -> None:
+        while True:
+            connection, _ = server.accept()
+            with connection, connection.makefile("rw") as file:
+                asked = json.loads(file.readline())
+                if not asked:
+                    return
+                name, *args = asked["argv"]
+                done = script(Path(asked["cwd"]) / name, *args, cwd=Path(asked["cwd"]))
+                json.dump({"code": done.returncode, "stdout": done.stdout, "stderr": done.stderr}, file)
+
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(place)
+        server.listen()
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield
+        with socket.socket(socket.AF_UNIX) as last:
+            last.connect(place)
+            last.sendall(b"{}\n")
+            thread.join()
+    folder.cleanup()
+
+
+def logged_steps(log: Path) -> list[dict]:
+    """The whole lines of steps in a log.jsonl that may be written to just now."""
+    lines = log.read_text().splitlines() if log.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}") and '"loss"' in line]
+
+
 def kill_at(step: int, signum: int, name: str, *args, folder: Path) -> subprocess.CompletedProcess:
-    """Start a stage and send it a signal once its log says that `step` is done; returns the ended process."""
-    process = Started(name, *args)
-    log, deadline = folder / "log.jsonl", time.time() + 300
-    while time.time() < deadline and process.poll() is None:
-        if log.exists() and any(json.loads(line)["step"] >= step and "loss" in line
-                                for line in log.read_text().splitlines() if line.endswith("}")):
-            process.send_signal(signum)
-            break
-        time.sleep(0.005)
+    """Start a stage and send it a signal once its log says that `step` is done. Returns the ended process."""
+    process, log = Started(name, *args), folder / "log.jsonl"
+    wait_for(lambda: process.poll() is not None or any(line["step"] >= step for line in logged_steps(log)),
+             f"step {step}", process.said)
+    process.send_signal(signum)
     return process.end()
+
+
+def shared(factory, name: str, make) -> Path:
+    """A folder for this whole test session, filled by make(folder). pytest-xdist's processes share it.
+
+    Tests read it and write nothing there, except more feature caches.
+    """
+    base = factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else factory.getbasetemp()
+    folder, done = base / name, base / f"{name}.done"
+    with (base / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # another process may have failed in the middle
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> Path:
     """40 training, 20 validation and 10 test examples of the sound world."""
-    out = tmp_path_factory.mktemp("data") / "world"
-    ok(script("prepare_data.py", "world", "--out", out, "--train", 40, "--val", 20, "--test", 10))
-    return out
+    sizes = ("--train", 40, "--val", 20, "--test", 10)
+    return shared(tmp_path_factory, "world",
+                  lambda out: ok(script("prepare_data.py", "world", "--out", out, *sizes)))
 
 
 def write_config(path: Path, world: Path, run: Path, cache: Path, **common) -> Path:
     """The default's config, with everything small: a few steps, a few clips, log lines at every step."""
-    path.write_text(json.dumps({
-        "common": {"run": str(run), "data_root": str(world), "cache_dir": str(cache), "base_model": str(BASE),
-                   "clap_model": str(CLAP), "image_size": 64, "batch_size": 4, "precision": "fp32", "val_draws": 1, "samples": 1,
-                   "save_every": 3, "log_every": 1, "keep": 3, **common},
-        "stage1": {"steps": 10, "learning_rate": 1e-3, "warmup_steps": 2, "validate_every": 5},
-        "stage2": {"steps": 10, "learning_rate": 1e-3, "validate_every": 5, "ema_decay": 0.9},
-        "stage3": {"steps": 10, "validate_every": 0}}))
+    path.write_text(
+        json.dumps({"common": {"run": str(run), "data_root": str(world), "cache_dir": str(cache),
+                               "base_model": str(BASE), "clap_model": str(CLAP), "image_size": 64,
+                               "batch_size": 4, "precision": "fp32", "val_draws": 1, "val_clips": 8,
+                               "samples": 0, "save_every": 3, "log_every": 1, "keep": 3, **common},
+                    "stage1": {"steps": 10, "learning_rate": 1e-3, "warmup_steps": 2, "validate_every": 5},
+                    "stage2": {"steps": 10, "learning_rate": 1e-3, "validate_every": 5, "ema_decay": 0.9},
+                    "stage3": {"steps": 10, "validate_every": 0}}))
     return path
 
 
 @pytest.fixture(scope="session")
 def config(world, tmp_path_factory) -> Path:
-    """A config whose run folder no test writes to but the fixture `run`."""
-    place = tmp_path_factory.mktemp("run")
-    return write_config(place / "small.json", world, place / "run", place / "cache")
+    """A config whose run folder only the fixture `run` writes to."""
+    place = shared(tmp_path_factory, "small", lambda place: write_config(
+        place / "small.json", world, place / "run", place / "cache"))
+    return place / "small.json"
 
 
 @pytest.fixture(scope="session")
-def run(config) -> Path:
+def run(config, tmp_path_factory) -> Path:
     """The three stages, ten steps each, by the real scripts."""
-    for stage in (1, 2, 3):
-        ok(script(f"train_stage{stage}.py", "--config", config))
-    return Path(json.loads(config.read_text())["common"]["run"])
+    def train(_) -> None:
+        for stage in (1, 2, 3):
+            ok(script(f"train_stage{stage}.py", "--config", config, "--samples", 1))
+    shared(tmp_path_factory, "trained", train)
+    return config.parent / "run"
 
 
-def interrupt_sweep(steps: list[int], signums: list[int], stage: int, config: Path, run: Path, out: Path) -> None:
-    """For each (step, signal): stop the stage there, run the same command again, compare with the unbroken run."""
+def interrupt_sweep(steps: list[int], signums: list[int], stage: int, config: Path, run: Path,
+                    out: Path) -> None:
+    """For each step and signal: stop the stage there, repeat the command, compare with the unbroken run."""
     import torch
 
-    import runs
-    name, unbroken = f"stage{stage}", runs.read_checkpoint(run / f"stage{stage}" / "final.safetensors")[1]
+    from clap2diffusion.base.tensor_file import read_tensors
+    name, unbroken = f"stage{stage}", read_tensors(run / f"stage{stage}" / "final.safetensors")[1]
     before = ["--init-from", run / f"stage{stage - 1}"] if stage > 1 else []
     for step in steps:
         for signum in signums:
             place = out / f"{name}-{step}-{signum}"
             command = (f"train_{name}.py", "--config", config, "--run", place, "--workers", step % 3, *before)
-            process = kill_at(step, signum, *command, folder=place / name)
-            assert process.returncode == (-9 if signum == signal.SIGKILL else 128 + signum), process.stderr[-2000:]
+            for _ in range(5):  # on a busy machine the signal may come after the last step
+                shutil.rmtree(place, ignore_errors=True)
+                process = kill_at(step, signum, *command, folder=place / name)
+                if not (place / name / "final.safetensors").exists():
+                    break
+            expected = -9 if signum == signal.SIGKILL else 128 + signum
+            assert process.returncode == expected, process.stderr[-2000:]
             if signum != signal.SIGKILL:
                 last = process.stderr.strip().splitlines()[-1]
-                assert "stopped by" in last and "checkpoints/step-" in last and "Traceback" not in process.stderr
+                assert "stopped by" in last and "checkpoints/step-" in last
+                assert "Traceback" not in process.stderr
             ok(script(*command))
-            resumed = runs.read_checkpoint(place / name / "final.safetensors")[1]
+            resumed = read_tensors(place / name / "final.safetensors")[1]
             assert resumed.keys() == unbroken.keys()
             assert all(torch.equal(resumed[key], unbroken[key]) for key in unbroken), (name, step, signum)

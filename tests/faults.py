@@ -1,7 +1,8 @@
-"""What the tables of faults share: a case, what must hold after every fault, and the lines that the README shows.
+"""What the tables of faults share: a case, what must hold after every fault, and its line in the documents.
 
-Each row of CASES in test_faults_data.py, test_faults_config.py and test_faults_runs.py is one case: it makes the faulty file, gives
-the command, and states the exit code and the sentence. tools/make_readme.py writes the README's table from the same rows.
+Each row of CASES in test_faults_data.py, test_faults_config.py and test_faults_runs.py is one case. It makes
+the faulty file, gives the command, and states the exit code and the sentence. tools/make_docs.py writes the
+table of faults in docs/ from the same rows.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from conftest import ROOT, left_behind
+from conftest import ROOT, has_no_process
 
 
 @dataclass(frozen=True)
 class Case:
-    """A fault. `make` makes it and returns the command; `says`: a part of a line that the user sees, in which * stands for anything
-    and {d} for the test's folder; `then`: what must hold besides, given the folder and the ended command.
+    """A fault.
+
+    `make` makes it and returns the command. `says` is a part of a line that the user sees; in it * stands for
+    anything and {d} for the test's folder. `then` checks what else must hold, given the folder and the ended
+    command.
     """
     fault: str
     make: Callable
@@ -31,7 +35,7 @@ class Case:
         return self.fault
 
     def line(self) -> str:
-        """The case as a line of the README's table."""
+        """The case as a row of the table of faults."""
         says = re.sub(r"/?\{d\}/?", "", self.says).replace("|", "\\|").replace(str(ROOT) + "/", "")
         if says.endswith("0 unusable, 0 suspicious"):
             says = "nothing: it is used as it is meant, by value"
@@ -43,13 +47,18 @@ def pattern(says: str, place: Path) -> str:
 
 
 def hashes(place: Path) -> dict[Path, str]:
-    """Of every checkpoint and result under a folder."""
-    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in place.rglob("*.safetensors") if path.is_file()}
+    """SHA-256 of every checkpoint and result under a folder."""
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in place.rglob("*.safetensors") if path.is_file()}
 
 
-def intact(done: subprocess.CompletedProcess, place: Path, before: dict[Path, str], code: int, allowed: tuple[str, ...] = ()) -> None:
-    """What holds after every fault: the exit code; no traceback; on a refusal one last sentence that names its place; every
-    checkpoint as it was (but for those named in `allowed`, which the case replaces); no temporary file; no process left.
+def intact(done: subprocess.CompletedProcess, place: Path, before: dict[Path, str], code: int,
+           allowed: tuple[str, ...] = ()) -> None:
+    """What holds after every fault.
+
+    The exit code is right and there is no traceback. A refusal ends with one sentence that names its place.
+    Every checkpoint is as it was, except those in `allowed`, which the case replaces. No temporary file and
+    no process is left.
     """
     said = done.stdout[-2000:] + done.stderr[-3000:]
     assert done.returncode == code, said
@@ -61,11 +70,12 @@ def intact(done: subprocess.CompletedProcess, place: Path, before: dict[Path, st
     for path, digest in before.items():
         if path.name not in allowed:
             assert path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == digest, path
+    has_no_process(done.pid)
     assert not list(place.rglob(".*.tmp"))
-    assert not left_behind(done.pid)
 
 
-def check(case: Case, done: subprocess.CompletedProcess, place: Path, before: dict[Path, str], allowed: tuple[str, ...] = ()) -> None:
+def check(case: Case, done: subprocess.CompletedProcess, place: Path, before: dict[Path, str],
+          allowed: tuple[str, ...] = ()) -> None:
     intact(done, place, before, case.code, allowed)
     said = done.stderr.strip().splitlines()[-1] if case.code else done.stdout + done.stderr
     lines = done.stdout + "\n" + said  # what is listed above the last sentence counts as well

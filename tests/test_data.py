@@ -1,10 +1,11 @@
-"""data.py: values against independent computations, the faults of real folders, and the cache against its encoders."""
+"""The data set: values against independent computations, faults of folders, cache against encoders."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import unicodedata
 from pathlib import Path
@@ -13,17 +14,23 @@ import numpy as np
 import pytest
 import soundfile as sf
 import torch
+from conftest import PATIENCE_S, ROOT, wait_for
 from PIL import Image
 
-import data
-import features
-from config import RunFailed, UserError
+from clap2diffusion.base import processes
+from clap2diffusion.base.exits import RunFailed, UserError
+from clap2diffusion.dataset import cache as feature_cache
+from clap2diffusion.dataset import encoders
+from clap2diffusion.dataset.cache import Build, build_features, cache_key, model_fingerprints
+from clap2diffusion.dataset.dataset import AudioImageDataset
+from clap2diffusion.dataset.decoding import BadFile, decode_audio, load_image, load_waveform
+from clap2diffusion.dataset.loading import StepSampler, batch_indices, make_loader
+from clap2diffusion.dataset.manifest import SPLITS, read_manifest
 
-ROOT = Path(__file__).resolve().parent.parent
 RATE, SIZE = 16000, 32
 
 
-# --- small random models and data -------------------------------------------------------------------------------------
+# --- small random models and data ---------------------------------------------------------------------------
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> tuple[Path, Path]:
@@ -39,21 +46,23 @@ def models(tmp_path_factory) -> tuple[Path, Path]:
     )
     torch.manual_seed(0)
     base, clap = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("clap")
-    AutoencoderKL(block_out_channels=(8, 16), norm_num_groups=4, latent_channels=4, scaling_factor=0.5, shift_factor=0.1,
-                  down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-                  ).save_pretrained(base / "vae")
+    AutoencoderKL(block_out_channels=(8, 16), norm_num_groups=4, latent_channels=4, scaling_factor=0.5,
+                  shift_factor=0.1, down_block_types=("DownEncoderBlock2D",) * 2,
+                  up_block_types=("UpDecoderBlock2D",) * 2,).save_pretrained(base / "vae")
     letters = [chr(code) for code in range(33, 127)]
     words = letters + [letter + "</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
     tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=12)
     tokenizer.save_pretrained(base / "tokenizer")
-    CLIPTextModel(CLIPTextConfig(vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-                                 num_attention_heads=2, max_position_embeddings=12, eos_token_id=len(words) - 1,
+    CLIPTextModel(CLIPTextConfig(vocab_size=len(words), hidden_size=16, intermediate_size=32,
+                                 num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=12,
+                                 eos_token_id=len(words) - 1,
                                  bos_token_id=len(words) - 2)).save_pretrained(base / "text_encoder")
     config = ClapAudioConfig(spec_size=64, num_mel_bins=16, patch_size=4, patch_stride=[4, 4], window_size=4,
-                             patch_embeds_hidden_size=8, depths=[1, 1], num_attention_heads=[2, 2], hidden_size=16,
-                             projection_dim=10, num_hidden_layers=2, enable_fusion=False)
+                             patch_embeds_hidden_size=8, depths=[1, 1], num_attention_heads=[2, 2],
+                             hidden_size=16, projection_dim=10, num_hidden_layers=2, enable_fusion=False)
     ClapAudioModelWithProjection(config).save_pretrained(clap)
-    ClapFeatureExtractor(feature_size=16, sampling_rate=RATE, hop_length=160, max_length_s=1, fft_window_size=512,
+    ClapFeatureExtractor(feature_size=16, sampling_rate=RATE, hop_length=160, max_length_s=1,
+                         fft_window_size=512,
                          frequency_max=8000, truncation="rand_trunc").save_pretrained(clap)
     return base, clap
 
@@ -77,7 +86,8 @@ def folder(root: Path, n: int = 10, **changes) -> Path:
         picture(root / f"images/{i}.png", i)
         sound(root / f"audio/{i}.wav", i)
         rows.append({"image_file_name": f"images/{i}.png", "audio_file_name": f"audio/{i}.wav",
-                     "text": f"scene {i % 3}", "label": "ab"[i % 2], "split": "val" if i % 5 == 4 else "train"})
+                     "text": f"scene {i % 3}", "label": "ab"[i % 2],
+                     "split": "val" if i % 5 == 4 else "train"})
         rows[i].update(changes.get(str(i), {}))
     manifest(root, rows)
     return root
@@ -90,7 +100,7 @@ def manifest(root: Path, rows: list) -> None:
 
 def build(root: Path, models, cache: Path, log=lambda line: None, **options) -> Path:
     options = {"workers": 0, "batch_size": 4} | options
-    return features.build_features(root, *models, SIZE, cache, log=log, **options)
+    return build_features(root, *models, SIZE, cache, log=log, **options)
 
 
 def test_cached_features_equal_the_models_own(tmp_path, models):
@@ -99,21 +109,22 @@ def test_cached_features_equal_the_models_own(tmp_path, models):
     root = folder(tmp_path / "data")
     sound(root / "audio/1.wav", 5, seconds=3.0, rate=22050)
     cache = build(root, models, tmp_path / "cache", flip=True, windows=2)
-    dataset, rows = features.AudioImageDataset(root, "train", cache), {row.id: row for row in data.read_manifest(root)[0]}
+    dataset, rows = AudioImageDataset(root, "train", cache), {row.id: row for row in read_manifest(root)[0]}
     base, clap = models
     vae = AutoencoderKL.from_pretrained(base, subfolder="vae")
     tokenizer = CLIPTokenizer.from_pretrained(base, subfolder="tokenizer")
     text_encoder = CLIPTextModel.from_pretrained(base, subfolder="text_encoder").eval()
-    extractor, tower = ClapFeatureExtractor.from_pretrained(clap), ClapAudioModelWithProjection.from_pretrained(clap)
+    extractor, tower = ClapFeatureExtractor.from_pretrained(
+        clap), ClapAudioModelWithProjection.from_pretrained(clap)
     with torch.inference_mode():
         for i in (0, 1, 5):
             item, row = dataset[i], rows[dataset.rows[i]["id"]]
-            image = torch.from_numpy(data.load_image(row.image_path, SIZE))
+            image = torch.from_numpy(load_image(row.image_path, SIZE))
             for side, x in enumerate((image, image.flip(-1))):
                 posterior = vae.encode(x[None]).latent_dist
                 torch.testing.assert_close(item["latents_mean"][side], (posterior.mean[0] - 0.1) * 0.5)
                 torch.testing.assert_close(item["latents_std"][side], posterior.std[0] * 0.5)
-            for k, clip in enumerate(data.load_waveform(row.audio_path, RATE, 1.0, 2)):
+            for k, clip in enumerate(load_waveform(row.audio_path, RATE, 1.0, 2)):
                 mel = extractor(clip, sampling_rate=RATE, return_tensors="pt").input_features
                 embeds = torch.nn.functional.normalize(tower.eval()(input_features=mel).audio_embeds, dim=-1)
                 torch.testing.assert_close(item["audio_embeds"][k], embeds[0], atol=1e-5, rtol=1e-4)
@@ -124,14 +135,14 @@ def test_cached_features_equal_the_models_own(tmp_path, models):
     assert (len(dataset), dataset.labels) == (8, ["a", "b"])
 
 
-# --- sound ------------------------------------------------------------------------------------------------------------
+# --- sound --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("rate", [8000, 11025, 44100, 96000])
 @pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE"])
 def test_any_rate_and_depth_gives_the_same_sine(tmp_path, rate, subtype):
     t = np.arange(rate) / rate
     sf.write(tmp_path / "a.wav", 0.5 * np.sin(2 * np.pi * 440 * t), rate, subtype=subtype)
-    [clip] = data.load_waveform(tmp_path / "a.wav", RATE, 10.0)
+    [clip] = load_waveform(tmp_path / "a.wav", RATE, 10.0)
     expected = 0.5 * np.sin(2 * np.pi * 440 * np.arange(RATE) / RATE)
     assert clip.shape == (RATE,) and clip.dtype == np.float32
     assert np.abs(clip - expected)[500:-500].max() < 0.01  # 8 bits are coarse; the ends ring
@@ -140,31 +151,32 @@ def test_any_rate_and_depth_gives_the_same_sine(tmp_path, rate, subtype):
 def test_channels_are_averaged_and_flagged_when_they_cancel(tmp_path):
     x = np.random.default_rng(0).uniform(-0.5, 0.5, (RATE, 6)).astype(np.float32)
     sf.write(tmp_path / "6.wav", x, RATE, subtype="FLOAT")
-    [clip], flags = data.decode_audio(tmp_path / "6.wav", RATE, 1.0)
+    [clip], flags = decode_audio(tmp_path / "6.wav", RATE, 1.0)
     assert not flags
     np.testing.assert_allclose(clip, x.mean(1), atol=1e-6)
     for name, channels, flag in (("opposite", [x[:, 0], -x[:, 0]], "cancelled by the mono mix"),
                                  ("silent", [0 * x[:, 0]], "silent")):
         sf.write(tmp_path / f"{name}.wav", np.stack(channels, 1), RATE)
-        assert data.decode_audio(tmp_path / f"{name}.wav", RATE, 1.0)[1] == [flag]
+        assert decode_audio(tmp_path / f"{name}.wav", RATE, 1.0)[1] == [flag]
 
 
 @pytest.mark.parametrize("loud", [100.0, 3e38, 1e300])
 def test_absurdly_loud_is_scaled_to_peak_one(tmp_path, loud):
     x = np.sin(np.arange(RATE) / 5)
     sf.write(tmp_path / "a.wav", np.stack([x, x], 1) * loud, RATE, subtype="DOUBLE")
-    [clip] = data.load_waveform(tmp_path / "a.wav", RATE, 1.0)
+    [clip] = load_waveform(tmp_path / "a.wav", RATE, 1.0)
     np.testing.assert_allclose(clip, x / np.abs(x).max(), atol=1e-6)
 
 
 def test_windows_are_spread_and_only_they_are_decoded(tmp_path, monkeypatch):
     hours = 3 * 3600 * 8000
-    with sf.SoundFile(tmp_path / "long.wav", "w", 8000, 1, "PCM_16") as file:  # a ramp: a sample tells its place
+    # a ramp: a sample tells its place
+    with sf.SoundFile(tmp_path / "long.wav", "w", 8000, 1, "PCM_16") as file:
         for second in range(0, 3 * 3600, 600):
             file.write(np.linspace(second, second + 600, 600 * 8000, endpoint=False) / (3 * 3600))
     read, frames = sf.SoundFile.read, []
     monkeypatch.setattr(sf.SoundFile, "read", lambda self, n, **k: frames.append(n) or read(self, n, **k))
-    clips = data.load_waveform(tmp_path / "long.wav", 8000, 10.0, windows=3)
+    clips = load_waveform(tmp_path / "long.wav", 8000, 10.0, windows=3)
     assert sum(frames) <= 3 * 80000 + 1
     starts = [0, (hours - 80000) // 2, hours - 80000]
     for clip, start in zip(clips, starts):
@@ -215,23 +227,23 @@ def with_value(path: Path, value: float) -> Path:
     (lambda d: cut(noise(d / "a.mp3")), "truncated"),
 ])
 def test_unusable_sounds_are_rejected_with_a_reason(tmp_path, make, reason):
-    with pytest.raises(data.BadFile, match=reason):
-        data.load_waveform(make(tmp_path), RATE, 1.0)
+    with pytest.raises(BadFile, match=reason):
+        load_waveform(make(tmp_path), RATE, 1.0)
 
 
 @pytest.mark.parametrize("name", ["a.wav", "a.aiff", "a.w64", "a.flac", "a.ogg", "a.mp3", "a.caf", "a.au"])
 def test_whole_sounds_of_every_format_are_accepted(tmp_path, name):
-    assert len(data.load_waveform(noise(tmp_path / name), RATE, 10.0)[0]) == pytest.approx(RATE, abs=1200)
+    assert len(load_waveform(noise(tmp_path / name), RATE, 10.0)[0]) == pytest.approx(RATE, abs=1200)
 
 
 def test_a_streamed_wav_without_lengths_in_its_header_is_whole(tmp_path):
     content = bytearray(noise(tmp_path / "a.wav").read_bytes())
     content[4:8] = content[40:44] = b"\xff" * 4  # what ffmpeg writes to a pipe
     with_bytes(tmp_path / "a.wav", content)
-    assert len(data.load_waveform(tmp_path / "a.wav", RATE, 10.0)[0]) == RATE
+    assert len(load_waveform(tmp_path / "a.wav", RATE, 10.0)[0]) == RATE
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
+# --- pictures -----------------------------------------------------------------------------------------------
 
 def values(image: np.ndarray) -> np.ndarray:
     """(3, H, W) in [-1, 1] -> (H, W, 3) in 0..255."""
@@ -241,29 +253,30 @@ def values(image: np.ndarray) -> np.ndarray:
 def test_image_crop_and_range(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    image = data.load_image(tmp_path / "a.png", 32)
+    image = load_image(tmp_path / "a.png", 32)
     assert image.dtype == np.float32 and image.min() >= -1 and image.max() <= 1
     np.testing.assert_array_equal(values(image), pixels[:, 8:40])
     expected = Image.fromarray(pixels[:, 8:40]).resize((16, 16), Image.Resampling.LANCZOS)
-    np.testing.assert_allclose(values(data.load_image(tmp_path / "a.png", 16)), np.asarray(expected), atol=1)
+    np.testing.assert_allclose(values(load_image(tmp_path / "a.png", 16)), np.asarray(expected), atol=1)
 
 
 @pytest.mark.parametrize("suffix", ["png", "tiff", "pgm"])
 def test_sixteen_bit_gray_keeps_its_values(tmp_path, suffix):
     gray = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
     Image.fromarray(gray).save(tmp_path / f"a.{suffix}")
-    got = values(data.load_image(tmp_path / f"a.{suffix}", 32))
+    got = values(load_image(tmp_path / f"a.{suffix}", 32))
     np.testing.assert_allclose(got[..., 0], gray / 257, atol=0.51)
 
 
-@pytest.mark.parametrize("orientation, turn", [(1, lambda a: a), (2, np.fliplr), (3, lambda a: np.rot90(a, 2)),
+@pytest.mark.parametrize("orientation, turn",
+                         [(1, lambda a: a), (2, np.fliplr), (3, lambda a: np.rot90(a, 2)),
                                                (6, lambda a: np.rot90(a, -1)), (8, np.rot90)])
 def test_exif_orientation_is_applied(tmp_path, orientation, turn):
     pixels = np.random.default_rng(1).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
-    np.testing.assert_array_equal(values(data.load_image(tmp_path / "a.png", 32)), turn(pixels))
+    np.testing.assert_array_equal(values(load_image(tmp_path / "a.png", 32)), turn(pixels))
 
 
 def test_transparency_palette_cmyk_and_animation(tmp_path):
@@ -275,15 +288,15 @@ def test_transparency_palette_cmyk_and_animation(tmp_path):
     palette.save(tmp_path / "palette.png", transparency=1)
     Image.new("LA", (32, 32), (0, 0)).save(tmp_path / "gray.png")
     for name in ("alpha", "palette", "gray"):
-        assert (values(data.load_image(tmp_path / f"{name}.png", 32))[5:, 5:] == 255).all(), name
-    assert values(data.load_image(tmp_path / "alpha.png", 32))[0, 0].tolist() == [255, 0, 0]
+        assert (values(load_image(tmp_path / f"{name}.png", 32))[5:, 5:] == 255).all(), name
+    assert values(load_image(tmp_path / "alpha.png", 32))[0, 0].tolist() == [255, 0, 0]
     Image.new("RGBA", (32, 32), (0, 0, 0, 128)).save(tmp_path / "half.png")
-    assert (values(data.load_image(tmp_path / "half.png", 32)) == 127).all()
+    assert (values(load_image(tmp_path / "half.png", 32)) == 127).all()
     Image.new("CMYK", (32, 32), (0, 255, 255, 0)).save(tmp_path / "cmyk.tiff")
-    assert values(data.load_image(tmp_path / "cmyk.tiff", 32))[3, 3].tolist() == [255, 0, 0]
+    assert values(load_image(tmp_path / "cmyk.tiff", 32))[3, 3].tolist() == [255, 0, 0]
     frames = [Image.new("RGB", (32, 32), color) for color in ("blue", "lime")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    assert values(data.load_image(tmp_path / "a.gif", 32))[3, 3].tolist() == [0, 0, 255]
+    assert values(load_image(tmp_path / "a.gif", 32))[3, 3].tolist() == [0, 0, 255]
 
 
 def bomb(path: Path) -> Path:
@@ -307,21 +320,21 @@ def bomb(path: Path) -> Path:
     (lambda d: bomb(d / "a.png"), "expected at most|bomb"),
 ])
 def test_unusable_pictures_are_rejected_with_a_reason(tmp_path, make, reason):
-    with pytest.raises(data.BadFile, match=reason):
-        data.load_image(make(tmp_path), 32)
+    with pytest.raises(BadFile, match=reason):
+        load_image(make(tmp_path), 32)
 
 
-# --- manifest ---------------------------------------------------------------------------------------------------------
+# --- manifest -----------------------------------------------------------------------------------------------
 
 def test_manifest_takes_bom_crlf_spaces_and_both_normal_forms(tmp_path):
     for form, name in (("NFD", "천둥 소리"), ("NFC", "café")):
         sound(tmp_path / (unicodedata.normalize(form, name) + ".wav"), 0)
         picture(tmp_path / (unicodedata.normalize(form, name) + ".png"), 0)
-    lines = [json.dumps({"image_file_name": f"{n}.png", "audio_file_name": f"{n}.wav", "text": "천둥\u2028", "split": "val"},
-                        ensure_ascii=False) for n in (unicodedata.normalize("NFC", "천둥 소리"),
-                                                      unicodedata.normalize("NFD", "café"))]
+    lines = [json.dumps({"image_file_name": f"{n}.png", "audio_file_name": f"{n}.wav", "text": "천둥\u2028",
+                         "split": "val"}, ensure_ascii=False)
+             for n in (unicodedata.normalize("NFC", "천둥 소리"), unicodedata.normalize("NFD", "café"))]
     (tmp_path / "metadata.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join(lines).encode())
-    rows, bad = data.read_manifest(tmp_path)
+    rows, bad = read_manifest(tmp_path)
     assert not bad and [row.text for row in rows] == ["천둥\u2028"] * 2
     assert all(row.audio_path.is_file() and row.image_path.is_file() for row in rows)
 
@@ -330,7 +343,8 @@ GOOD = {"image_file_name": "images/0.png", "audio_file_name": "audio/0.wav", "te
 
 
 @pytest.mark.parametrize("line, reason", [
-    ('{"image_file_name": "im', "not one JSON object"), ("[1]", "got a JSON list"), ("\udcff", "not one JSON object"),
+    ('{"image_file_name": "im', "not one JSON object"), ("[1]", "got a JSON list"),
+    ("\udcff", "not one JSON object"),
     ({"text": None}, "text: got null"), ({"text": 3}, "text: got 3"), ({"label": 3}, "label: got 3"),
     ({"split": "dev"}, "split: got 'dev'"), ({"audio_file_name": ""}, "is empty"),
     ({"audio_file_name": "../audio/0.wav"}, "'..'"), ({"image_file_name": "/etc/0.png"}, "is absolute"),
@@ -342,74 +356,81 @@ def test_bad_rows_name_line_and_reason(tmp_path, line, reason):
     root = folder(tmp_path / "data", 1)
     (root / "leak.wav").symlink_to(sound(tmp_path / "outside.wav", 0))
     line = line if isinstance(line, str) else json.dumps(GOOD | line)
-    (root / "metadata.jsonl").write_text(json.dumps(GOOD) + "\n" + line, encoding="utf-8", errors="surrogateescape")
-    rows, [bad] = data.read_manifest(root)
-    assert len(rows) == 1 and bad.where == "metadata.jsonl line 2" and reason in bad.reason
+    (root / "metadata.jsonl").write_text(json.dumps(GOOD) + "\n" + line, encoding="utf-8",
+                                         errors="surrogateescape")
+    rows, [bad] = read_manifest(root)
+    assert len(rows) == 1 and bad.startswith("metadata.jsonl line 2: ") and reason in bad
 
 
 def test_missing_key_founding_lists_and_empty_manifests(tmp_path):
     root = folder(tmp_path / "data", 3)
     (root / "metadata.jsonl").write_text('{"text": "a"}\n')
-    assert "image_file_name is missing" in data.read_manifest(root)[1][0].reason
+    assert "image_file_name is missing" in read_manifest(root)[1][0]
     for content, error in (("", "no rows"), (" \r\n\n", "no rows"), (None, "no metadata.jsonl")):
-        (root / "metadata.jsonl").unlink() if content is None else (root / "metadata.jsonl").write_text(content)
+        (root / "metadata.jsonl").unlink() if content is None else (root / "metadata.jsonl").write_text(
+            content)
         with pytest.raises(UserError, match=error):
-            data.read_manifest(root)
+            read_manifest(root)
     for i, split in enumerate(("train", "val")):
-        items = [{"audio_path": f"audio/{i}.wav", "image_path": f"images/{i}.png", "text": "t", "class": "dog"}, 7]
+        items = [{"audio_path": f"audio/{i}.wav", "image_path": f"images/{i}.png", "text": "t",
+                  "class": "dog"}, 7]
         (root / f"{split}_metadata.json").write_text(json.dumps(items))
-    rows, bad = data.read_manifest(root)
+    rows, bad = read_manifest(root)
     assert [(row.split, row.label, row.where) for row in rows] == [
         ("train", "dog", "train_metadata.json item 1"), ("val", "dog", "val_metadata.json item 1")]
     assert len(bad) == 2
     (root / "val_metadata.json").write_text("[{")
     with pytest.raises(UserError, match="val_metadata.json: not valid JSON"):
-        data.read_manifest(root)
+        read_manifest(root)
     with pytest.raises(UserError, match="no such data folder"):
-        data.read_manifest(tmp_path / "none")
+        read_manifest(tmp_path / "none")
 
 
 def test_a_missing_split_is_assigned_stably(tmp_path):
     rows = [GOOD | {"audio_file_name": f"{i}.wav", "split": None} for i in range(2000)]
     manifest(tmp_path, rows)
     lines = []
-    first = {row.id: row.split for row in data.read_manifest(tmp_path, lines.append)[0]}
+    first = {row.id: row.split for row in read_manifest(tmp_path, lines.append)[0]}
     manifest(tmp_path, rows[1::-1] + rows[2:][::-1])
-    assert {row.id: row.split for row in data.read_manifest(tmp_path)[0]} == first
-    counts = [list(first.values()).count(split) for split in data.SPLITS]
+    assert {row.id: row.split for row in read_manifest(tmp_path)[0]} == first
+    counts = [list(first.values()).count(split) for split in SPLITS]
     assert abs(counts[0] - 1800) < 60 and abs(counts[1] - 100) < 40 and "2000 rows name no split" in lines[0]
 
 
-# --- cache ------------------------------------------------------------------------------------------------------------
+# --- cache --------------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def encoded(monkeypatch) -> list:
     """The number of rows of each call of the row encoders."""
-    calls, plain = [], features._Encoders.rows
-    monkeypatch.setattr(features._Encoders, "rows", lambda self, d, *a: calls.append(len(d)) or plain(self, d, *a))
-    monkeypatch.setattr(features, "SHARD_ROWS", 4)
+    calls, plain = [], encoders.Encoders.rows
+    monkeypatch.setattr(encoders.Encoders, "rows",
+                        lambda self, d, *a: calls.append(len(d)) or plain(self, d, *a))
+    monkeypatch.setattr(feature_cache, "SHARD_ROWS", 4)
     return calls
 
 
 def content(cache: Path) -> dict:
-    return {path.name: path.read_bytes() for path in cache.iterdir() if path.suffix in (".safetensors", ".json")}
+    return {path.name: path.read_bytes()
+            for path in cache.iterdir() if path.suffix in (".safetensors", ".json")}
 
 
 def test_key_follows_content_and_a_finished_cache_loads_no_encoder(tmp_path, models, encoded, monkeypatch):
     root = folder(tmp_path / "data")
     first = build(root, models, tmp_path / "cache")
     assert encoded == [4, 4, 2]
-    script = (f"import sys, features; features.SHARD_ROWS = 4; features.build_features({str(root)!r}, {str(models[0])!r}, {str(models[1])!r}, {SIZE}, "
-              f"{str(tmp_path / 'cache')!r}); print('diffusers' in sys.modules or 'transformers' in sys.modules)")
-    monkeypatch.setattr(features, "_Encoders", None)
+    script = ("import sys; from clap2diffusion.dataset import cache; cache.SHARD_ROWS = 4; "
+              f"cache.build_features({str(root)!r}, {str(models[0])!r}, {str(models[1])!r}, {SIZE}, "
+              f"{str(tmp_path / 'cache')!r}); print('diffusers' in sys.modules or 'transformers' "
+              "in sys.modules)")
+    monkeypatch.setattr(encoders, "Encoders", None)
     assert build(root, models, tmp_path / "cache") == first
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.split()[-1] == "False", done.stderr
 
     def key(**options):
-        rows, bad = data.read_manifest(root)
+        rows, bad = read_manifest(root)
         settings = {"image_size": SIZE} | options
-        return features._cache_key(root, rows, bad, features._fingerprints(*models), settings)
+        return cache_key(root, rows, bad, model_fingerprints(*models), settings)
 
     keys = [key(), key(windows=2)]
     sound(root / "audio/3.wav", 99)
@@ -430,12 +451,13 @@ def test_damaged_shards_and_stale_files_are_replaced(tmp_path, models, encoded):
     lines = []
     assert build(root, models, tmp_path / "cache", lines.append) == cache
     assert encoded == [4, 2] and content(cache) == whole and not list(cache.glob(".*.tmp"))
-    assert sum("is damaged" in line for line in lines) == 2 and sum(line.startswith("removed") for line in lines) == 1
+    assert sum("is damaged" in line for line in lines) == 2
+    assert sum(line.startswith("removed") for line in lines) == 1
 
 
 def test_a_shard_that_breaks_under_a_running_stage_is_one_sentence(tmp_path, models):
     cache = build(folder(tmp_path / "data"), models, tmp_path / "cache")
-    dataset = features.AudioImageDataset(tmp_path / "data", "train", cache)
+    dataset = AudioImageDataset(tmp_path / "data", "train", cache)
     last = dataset[len(dataset) - 1]
     path = cache / "rows-00000.safetensors"
     whole = path.read_bytes()
@@ -447,22 +469,24 @@ def test_a_shard_that_breaks_under_a_running_stage_is_one_sentence(tmp_path, mod
     for content in (b"", whole[:20], b"\xff" * 100, None):
         path.unlink() if content is None else path.write_bytes(content)
         with pytest.raises(RunFailed, match="rows-00000.*cannot be read"):
-            features.AudioImageDataset(tmp_path / "data", "train", cache)[len(dataset) - 1]
+            AudioImageDataset(tmp_path / "data", "train", cache)[len(dataset) - 1]
 
 
 def test_a_killed_build_goes_on_and_equals_the_unbroken_one(tmp_path, models, encoded):
     root = folder(tmp_path / "data", 14)
     script = f"""
-import os, signal, features
+import os, signal
 from pathlib import Path
-features.SHARD_ROWS, plain, calls = 4, features._Encoders.rows, []
+from clap2diffusion.dataset import cache
+from clap2diffusion.dataset.encoders import Encoders
+cache.SHARD_ROWS, plain, calls = 4, Encoders.rows, []
 def rows(self, *args):
     calls.append(1)
     if len(calls) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return plain(self, *args)
-features._Encoders.rows = rows
-features.build_features({str(root)!r}, Path({str(models[0])!r}), Path({str(models[1])!r}), {SIZE},
+Encoders.rows = rows
+cache.build_features({str(root)!r}, Path({str(models[0])!r}), Path({str(models[1])!r}), {SIZE},
                     {str(tmp_path / 'killed')!r}, batch_size=4, workers=2)
 """
     killed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True,
@@ -481,20 +505,22 @@ def test_unusable_rows_are_listed_at_once_and_again(tmp_path, models):
     (root / "audio/9.wav").unlink()
     lines = []
     for _ in range(2):  # the second time from the finished cache
-        with pytest.raises(UserError, match="4 of 20 rows cannot be used .limit 1 %., listed in .*bad_rows.txt"):
+        with pytest.raises(UserError,
+                           match="4 of 20 rows cannot be used .limit 1 %., listed in .*bad_rows.txt"):
             build(root, models, tmp_path / "cache", lines.append)
     [listed] = (tmp_path / "cache").glob("*/bad_rows.txt")
-    assert [line.split(":")[0].split()[-1] for line in listed.read_text().splitlines()] == ["4", "8", "9", "10"]
+    assert [line.split(":")[0].split()[-1]
+            for line in listed.read_text().splitlines()] == ["4", "8", "9", "10"]
     cache = build(root, models, tmp_path / "cache", lines.append, max_bad_share=0.2)
     assert "they are left out" in lines[-2] and "16 rows" in lines[-1]
-    sizes = [len(features.AudioImageDataset(root, split, cache)) for split in ("train", "val")]
+    sizes = [len(AudioImageDataset(root, split, cache)) for split in ("train", "val")]
     assert sum(sizes) == 16
 
 
 def test_silence_is_kept_and_flagged(tmp_path, models):
     root = folder(tmp_path / "data", 5)
     sf.write(root / "audio/1.wav", np.zeros(RATE), RATE)
-    dataset = features.AudioImageDataset(root, "train", build(root, models, tmp_path / "cache"))
+    dataset = AudioImageDataset(root, "train", build(root, models, tmp_path / "cache"))
     assert [row["flags"] for row in dataset.rows] == [[], ["silent"], [], []]
 
 
@@ -512,37 +538,45 @@ def test_a_full_disk_is_one_sentence_and_the_build_goes_on(tmp_path, models, enc
         build(root, models, tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*/.*.tmp"))
     monkeypatch.undo()
-    monkeypatch.setattr(features, "SHARD_ROWS", 4)
+    monkeypatch.setattr(feature_cache, "SHARD_ROWS", 4)
     build(root, models, tmp_path / "cache")
 
 
-def test_a_second_build_waits_for_the_first(tmp_path, models):
+def test_a_second_build_waits_for_the_first(tmp_path, models, capsys):
     root = folder(tmp_path / "data", 5)
     cache = build(root, models, tmp_path / "cache")
     (cache / "index.json").unlink()
     holder = subprocess.Popen([sys.executable, "-c", f"""
-import fcntl, time
-lock = open({str(cache / "lock")!r}, "w"); fcntl.lockf(lock, fcntl.LOCK_EX); print("locked", flush=True); time.sleep(1)
-"""], stdout=subprocess.PIPE, text=True)
+import fcntl
+lock = open({str(cache / ".lock")!r}, "w")
+fcntl.lockf(lock, fcntl.LOCK_EX)
+print("locked", flush=True)
+input()
+"""], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "locked\n"
-    lines, start = [], time.monotonic()
-    build(root, models, tmp_path / "cache", lines.append)
-    holder.communicate()
-    assert any("waiting for another process" in line for line in lines) and time.monotonic() - start > 0.7
+    said, second = [], threading.Thread(target=build, args=(root, models, tmp_path / "cache"))
+    second.start()
+    wait_for(lambda: said.append(capsys.readouterr().out) or "waiting for another process" in "".join(said),
+             "the wait")
+    time.sleep(0.5)
+    assert second.is_alive() and not (cache / "index.json").exists()  # it waits still
+    holder.communicate("\n")
+    second.join(PATIENCE_S)
+    assert not second.is_alive() and (cache / "index.json").exists()
 
 
 def test_processes_build_the_cache_in_shares(tmp_path, models, monkeypatch):
     """Each fills its own shards; together they are, byte for byte, those of one process."""
-    monkeypatch.setattr(features, "SHARD_ROWS", 4)
+    monkeypatch.setattr(feature_cache, "SHARD_ROWS", 4)
     root = folder(tmp_path / "data", 18)
     whole = build(root, models, tmp_path / "one")
-    rows, _ = data.read_manifest(root)
+    rows, _ = read_manifest(root)
     key, shared, written = json.loads((whole / "index.json").read_text())["key"], tmp_path / "two", []
     shared.mkdir()
     for rank in (1, 0, 2):
-        monkeypatch.setattr(features.parallel, "rank", lambda rank=rank: rank)
-        monkeypatch.setattr(features.parallel, "world", lambda: 3)
-        build_ = features._Build(shared, key, rows, {}, print)
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(processes, "world", lambda: 3)
+        build_ = Build(shared, key, rows, {}, print)
         build_.fill(*models, {"image_size": SIZE, "windows": 1, "flip": False}, 16, 0, "cpu")
         written.append({path.name for path in shared.iterdir()} - set().union(*written))
     assert [len([name for name in names if name.startswith("rows")]) for names in written] == [2, 2, 1]
@@ -551,22 +585,23 @@ def test_processes_build_the_cache_in_shares(tmp_path, models, monkeypatch):
     assert build_.index()["rows"] == json.loads((whole / "index.json").read_text())["rows"]
 
 
-# --- training side ----------------------------------------------------------------------------------------------------
+# --- training side ------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("size, batch", [(1, 1), (5, 2), (7, 3), (16, 4), (10, 10), (3, 7)])
 def test_every_epoch_shows_each_sample_once_and_any_step_can_start(size, batch):
     steps = size * 6 // batch
-    stream = [i for b in features.StepSampler(size, batch, 3, 0, steps) for i in b]
+    stream = [i for b in StepSampler(size, batch, 3, 0, steps) for i in b]
     for epoch in range(len(stream) // size):
         assert sorted(stream[epoch * size:(epoch + 1) * size]) == list(range(size))
-    assert list(features.StepSampler(size, batch, 3, 2, steps)) == list(features.StepSampler(size, batch, 3, 0, steps))[2:]
+    assert list(StepSampler(size, batch, 3, 2, steps)) == list(StepSampler(size, batch, 3, 0, steps))[2:]
     assert stream[:size] == np.random.default_rng([3, 0]).permutation(size).tolist()
-    for world in (2, 3):  # processes that take their share of each batch show the same stream, wherever it begins
-        shares = [list(features.StepSampler(size, batch, 3, 1, 5, (rank, world))) for rank in range(world)]
+    # processes that take their share of each batch show the same stream, wherever it begins
+    for world in (2, 3):
+        shares = [list(StepSampler(size, batch, 3, 1, 5, (rank, world))) for rank in range(world)]
         together = [sum(parts, []) for parts in zip(*shares)]
-        assert together == list(features.StepSampler(size, batch * world, 3, 1, 5))
+        assert together == list(StepSampler(size, batch * world, 3, 1, 5))
     if size > 4:
-        assert stream[:size] != stream[size:2 * size] and stream[:batch] != features.batch_indices(size, batch, 4, 0)
+        assert stream[:size] != stream[size:2 * size] and stream[:batch] != batch_indices(size, batch, 4, 0)
 
 
 def test_loader_gives_the_same_bits_for_any_number_of_workers(tmp_path, models):
@@ -574,16 +609,17 @@ def test_loader_gives_the_same_bits_for_any_number_of_workers(tmp_path, models):
     cache = build(root, models, tmp_path / "cache", workers=2)
     assert content(cache)["rows-00000.safetensors"] == content(
         build(root, models, tmp_path / "again"))["rows-00000.safetensors"]
-    dataset = features.AudioImageDataset(root, "train", cache)
-    runs = [list(features.make_loader(dataset, 3, 1, 2, 7, workers, torch.device("cpu"))) for workers in (0, 1, 2)]
-    assert len(runs[0]) == 5 and runs[0][0]["index"].tolist() == features.batch_indices(8, 3, 1, 2)
+    dataset = AudioImageDataset(root, "train", cache)
+    runs = [list(make_loader(dataset, 3, 1, 2, 7, workers, torch.device("cpu"))) for workers in (0, 1, 2)]
+    assert len(runs[0]) == 5 and runs[0][0]["index"].tolist() == batch_indices(8, 3, 1, 2)
     assert runs[0][0]["latents_mean"].shape == (3, 1, 4, 16, 16)
     for run in runs[1:]:
         for a, b in zip(runs[0], run, strict=True):
             assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-    for make, error in ((lambda: features.AudioImageDataset(root, "test", cache), "no usable row in split 'test'"),
-                        (lambda: features.make_loader(dataset, 9, 0, 0, 1, 0, torch.device("cpu")), "8 usable rows, fewer than a batch of 9"),
-                        (lambda: features.AudioImageDataset(root, "train", tmp_path), "not a finished feature cache")):
+    for make, error in ((lambda: AudioImageDataset(root, "test", cache), "no usable row in split 'test'"),
+                        (lambda: make_loader(dataset, 9, 0, 0, 1, 0, torch.device("cpu")),
+                         "8 usable rows, fewer than a batch of 9"),
+                        (lambda: AudioImageDataset(root, "train", tmp_path), "not a finished feature cache")):
         with pytest.raises(UserError, match=error):
             make()
 
@@ -597,17 +633,19 @@ class _Dies(torch.utils.data.Dataset):
 
 
 class _Breaks(_Dies):
+    SENTENCE = "cache/rows-00000.safetensors: cannot be read (cut off); start again, it will be rebuilt"
+
     def __getitem__(self, i):
-        raise RunFailed("cache/rows-00000.safetensors: cannot be read (cut off); start again, it will be rebuilt")
+        raise RunFailed(self.SENTENCE)
 
 
 def test_what_breaks_in_a_loader_process_is_said_as_in_our_own():
     for workers in (0, 1):
         with pytest.raises(RunFailed) as caught:
-            list(features.make_loader(_Breaks(), 2, 0, 0, 2, workers, torch.device("cpu")))
-        assert str(caught.value) == "cache/rows-00000.safetensors: cannot be read (cut off); start again, it will be rebuilt"
+            list(make_loader(_Breaks(), 2, 0, 0, 2, workers, torch.device("cpu")))
+        assert str(caught.value) == _Breaks.SENTENCE
 
 
 def test_workers_ignore_ctrl_c_and_a_killed_one_is_one_sentence():
     with pytest.raises(RunFailed, match="--shm-size=8g"):
-        list(features.make_loader(_Dies(), 2, 0, 0, 2, 1, torch.device("cpu")))
+        list(make_loader(_Dies(), 2, 0, 0, 2, 1, torch.device("cpu")))

@@ -1,4 +1,4 @@
-"""evaluate.py by its own script: a perfect model scores 1, noise scores at chance, a judge that cannot read may not judge."""
+"""evaluate.py: a perfect model scores 1, noise scores at chance, a judge that cannot read may not judge."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import CLAP, ROOT, ok, script
+from conftest import CLAP, JUDGE, ROOT, ok, script
 from PIL import Image
 
 import evaluate
-import sound_world
-
-JUDGE = ROOT / "assets/tiny/judge"
+from clap2diffusion.dataset.encoders import CLAPAudioEncoder
+from clap2diffusion.dataset.manifest import read_manifest
+from clap2diffusion.judging import evaluation
+from clap2diffusion.pictures.sound_algebra import embed
+from clap2diffusion.world import sound_world
 
 
 @pytest.fixture(scope="module")
@@ -37,19 +39,16 @@ def result(run, name: str = "evaluation") -> dict:
 
 
 def perfect_pictures(world):
-    """Stands for a model that draws exactly what it hears: the real picture of the clip with that embedding."""
-    import common
-    import data
-    import generate
-    encoder, rows = common.CLAPAudioEncoder(CLAP), data.read_manifest(world)[0]
-    known = [(generate.embed(encoder, str(row.audio_path))[0], row.image_path) for row in rows if row.split == "test"]
-    table, paths = torch.stack([embed for embed, _ in known]), [path for _, path in known]
+    """In place of pictures(): a model that draws the real picture of the clip that it hears."""
+    encoder, rows = CLAPAudioEncoder(CLAP), read_manifest(world)[0]
+    known = [(embed(encoder, str(row.audio_path))[0], row.image_path) for row in rows if row.split == "test"]
+    table, paths = torch.stack([one for one, _ in known]), [path for _, path in known]
 
     def pictures(pipe, audio_embeds, prompts, guidance, steps, seeds, audio_scale=1.0, size=None, **more):
         found = []
-        for embed, seed in zip(audio_embeds, seeds, strict=True):
-            if embed.any() and audio_scale:
-                found.append(Image.open(paths[int((table @ embed).argmax())]).convert("RGB"))
+        for one, seed in zip(audio_embeds, seeds, strict=True):
+            if one.any() and audio_scale:
+                found.append(Image.open(paths[int((table @ one).argmax())]).convert("RGB"))
             else:
                 state = sound_world.draw_state(np.random.default_rng(seed))
                 found.append(sound_world.draw_scene(state))
@@ -57,12 +56,13 @@ def perfect_pictures(world):
     return pictures
 
 
-def test_a_perfect_model_scores_as_the_real_pictures_and_silence_at_chance(small_run, large_world, monkeypatch):
-    import stock
-    monkeypatch.setattr(stock, "pictures", perfect_pictures(large_world))
+def test_a_perfect_model_scores_as_the_real_pictures_and_silence_at_chance(
+        small_run, large_world, monkeypatch):
+    monkeypatch.setattr(evaluation, "pictures", perfect_pictures(large_world))
     evaluate.main(["--run", str(small_run), "--data-root", str(large_world), "--judge", str(JUDGE)])
     found = result(small_run)
-    assert found["n"] == 100 and found["n_single"] == 80 and found["n_pairs"] == 20 and found["judge"]["n"] == 80
+    assert found["n"] == 100 and found["n_single"] == 80 and found["n_pairs"] == 20
+    assert found["judge"]["n"] == 80
     for name, row in found["measures"].items():
         if name not in ("cmmd", "mix_unheard"):
             assert row["right"] == row["real"], name
@@ -79,21 +79,25 @@ def test_a_perfect_model_scores_as_the_real_pictures_and_silence_at_chance(small
     for values in found["properties"].values():
         assert values["right"][0] == values["real"][0] >= 0.9
         assert values["shuffled"][1] < 0.05 < values["shuffled"][2] + 0.1 and abs(values["shuffled"][0]) < 0.3
-    assert found["clips"][3]["other_clip"] != 3 and found["clips"][3]["right"]["seen"] == found["clips"][3]["label"]
-    assert all(set(clip["label"].split("+")).isdisjoint(found["clips"][clip["other_clip"]]["label"].split("+"))
+    assert found["clips"][3]["other_clip"] != 3
+    assert found["clips"][3]["right"]["seen"] == found["clips"][3]["label"]
+    # another's sound never shares a label with the clip
+    assert all(
+        set(clip["label"].split("+")).isdisjoint(found["clips"][clip["other_clip"]]["label"].split("+"))
                for clip in found["clips"])  # another's sound never shares a label with the clip
 
 
 def test_noise_for_tokens_scores_at_chance_everywhere(small_run, large_world):
-    evaluate.main(["--run", str(small_run), "--data-root", str(large_world), "--judge", str(JUDGE), "--noise", "--steps", "3",
-                   "--quick"])
+    evaluate.main(["--run", str(small_run), "--data-root", str(large_world), "--judge", str(JUDGE), "--noise",
+                   "--steps", "3", "--quick"])
     found = result(small_run, "evaluation-noise")
     for name, row in found["measures"].items():
         if row["chance"] is None:
             continue
         value, low, high = row["right"]
         slack = {"median_rank": 15, "top5_en": 0.15, "top5_ko": 0.15}.get(name, 0.1)
-        assert low - slack <= row["chance"] <= high + slack and abs(value - row["chance"]) < 2 * slack, (name, row)
+        assert low - slack <= row["chance"] <= high + slack, (name, row)
+        assert abs(value - row["chance"]) < 2 * slack, (name, row)
     assert found["measures"]["recall_at_1"]["right"][0] <= 0.05
     for name, values in found["properties"].items():
         assert abs(values["right"][0]) < 0.3, (name, values)
@@ -101,7 +105,8 @@ def test_noise_for_tokens_scores_at_chance_everywhere(small_run, large_world):
 
 def test_the_figures_are_those_of_the_pictures_on_disk_and_a_second_run_makes_none(small_run, world):
     from transformers import AutoTokenizer, SiglipImageProcessorPil, SiglipModel
-    command = ("evaluate.py", "--run", small_run, "--data-root", world, "--judge", JUDGE, "--steps", 2, "--guidance", 2)
+    command = ("evaluate.py", "--run", small_run, "--data-root", world, "--judge", JUDGE, "--steps", 2,
+               "--guidance", 2)
     first = ok(script(*command))
     found = result(small_run)
     assert "zero-shot top-1, English" in first.stdout and (small_run / "evaluation.md").exists()
@@ -111,15 +116,19 @@ def test_the_figures_are_those_of_the_pictures_on_disk_and_a_second_run_makes_no
     tokenizer = AutoTokenizer.from_pretrained(JUDGE)
     for language in ("en", "ko"):  # the library's own logits of what lies on the disk
         captions = [sound_world.class_caption((name,), language) for name in sound_world.CLASSES]
-        ids = tokenizer(captions, padding="max_length", max_length=32, truncation=True, return_tensors="pt")["input_ids"]
+        ids = tokenizer(captions, padding="max_length", max_length=32, truncation=True,
+                        return_tensors="pt")["input_ids"]
         for sound in ("right", "silence", "other", "real"):
             single = [clip for clip in found["clips"] if "+" not in clip["label"]]
             images = [Image.open(clip["real"] if sound == "real" else clip[sound]["picture"]).convert("RGB")
                       for clip in single]
+            pixels = processor(images, return_tensors="pt")["pixel_values"]
             with torch.inference_mode():
-                logits = model(input_ids=ids, pixel_values=processor(images, return_tensors="pt")["pixel_values"]).logits_per_image
-            right = [sound_world.CLASSES[int(i)] == clip["label"] for i, clip in zip(logits.argmax(1), single, strict=True)]
-            assert found["measures"][f"top1_{language}"][sound][0] == pytest.approx(np.mean(right)), (language, sound)
+                logits = model(input_ids=ids, pixel_values=pixels).logits_per_image
+            right = [sound_world.CLASSES[int(i)] == clip["label"]
+                     for i, clip in zip(logits.argmax(1), single, strict=True)]
+            ours = found["measures"][f"top1_{language}"][sound][0]
+            assert ours == pytest.approx(np.mean(right)), (language, sound)
 
     before = {path: path.stat().st_mtime_ns for path in (small_run / "evaluation").rglob("*.png")}
     assert len(before) >= 30
@@ -129,26 +138,30 @@ def test_the_figures_are_those_of_the_pictures_on_disk_and_a_second_run_makes_no
     assert after.keys() == before.keys() and sum(after[path] != before[path] for path in before) == 1
     again = result(small_run)["measures"]
     assert again.keys() == found["measures"].keys()
-    for name, row in again.items():  # a picture made alone may differ by one level from the same one of a batch
+    # a picture made alone may differ by one level from the same one of a batch
+    for name, row in again.items():
         for kind in ("right", "silence", "other", "real"):
             values, same = row.get(kind) or [], found["measures"][name].get(kind) or []
             assert values == pytest.approx(same, rel=0.02, abs=0.02), (name, kind)
 
 
-def test_a_run_against_itself_shows_no_difference_and_against_another_pairs_the_clips(small_run, run, world, tmp_path):
+def test_a_run_against_itself_shows_no_difference_and_against_another_pairs_the_clips(
+        small_run, run, world, tmp_path):
     shutil.copytree(run / "stage1", tmp_path / "other/stage1")
     command = ["--data-root", str(world), "--judge", str(JUDGE), "--steps", "2", "--quick"]
     evaluate.main(["--run", str(small_run), "--against", str(small_run), *command])
     same = result(small_run)["against"]["comparison"]
     assert {"top1_en", "cmmd", "iis_win_rate", "median_rank"} <= same.keys()
     for row in same.values():
-        assert row["difference"] == [0, 0, 0] and row["n_needed"] is None and "no difference" in row["verdict"]
+        assert row["difference"] == [0, 0, 0] and row["n_needed"] is None
+        assert "no difference" in row["verdict"]
     evaluate.main(["--run", str(small_run), "--against", str(tmp_path / "other"), *command])
     found = result(small_run)
     row = found["against"]["comparison"]["iis_cosine"]
     assert row["a"] == found["measures"]["iis_cosine"]["right"][0]
     assert row["b"] == found["against"]["measures"]["iis_cosine"]["right"][0]
-    assert row["difference"][0] == pytest.approx(row["a"] - row["b"]) and row["difference"][1] < row["difference"][2]
+    assert row["difference"][0] == pytest.approx(row["a"] - row["b"])
+    assert row["difference"][1] < row["difference"][2]
     assert "A - B, paired" in (small_run / "evaluation.md").read_text()
 
 
@@ -182,7 +195,7 @@ def test_mistakes_end_in_one_sentence(flags, sentence, small_run, world):
 
 
 def test_no_weight_is_shared_with_the_judge():
-    """The judge and what it judges are different tensors: none of one occurs in the other."""
+    """No tensor of the judge occurs in a model that it judges."""
     from safetensors.torch import load_file
     files = sorted((ROOT / "assets/tiny").rglob("*.safetensors"))
     judged = {(tuple(t.shape), t.double().sum().item()) for path in files if "judge" not in path.parts

@@ -1,4 +1,4 @@
-"""Faults of checkpoints, run folders, disks and processes: the real stages, stopped, damaged and started again."""
+"""Faults of checkpoints, run folders, disks and processes: real stages, stopped and damaged."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from faults import Case, check, hashes
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import runs
+from clap2diffusion.base.tensor_file import digest, read_tensors, unflatten
 
 
 @dataclass(frozen=True)
 class Place:
-    """What a case is made from: its folder, the finished small run, that run's config and its data."""
+    """What a case is made from: its own folder, the finished small run, that run's config and its data."""
     d: Path
     run: Path
     config: Path
@@ -33,16 +33,24 @@ class Place:
         return [f"train_stage{n}.py", "--config", self.config, "--run", self.d, *more]
 
     def half_done(self, last: int = 9) -> Path:
-        """Stage 1 of the finished run as it was after step `last`; returns the folder of its checkpoints (6 and 9, perhaps 10)."""
+        """Put stage 1 here as it was after step `last`. Returns its folder of checkpoints."""
         shutil.copytree(self.run / "stage1", self.d / "stage1")
         for path in [*(self.d / "stage1").glob("*.*"), *(self.d / "stage1/checkpoints").iterdir()]:
-            if path.name in ("result.json", "final.safetensors", "adapter.safetensors", "samples.png") or path.stem > f"step-{last:08d}":
+            if path.name in ("result.json", "final.safetensors", "adapter.safetensors",
+                             "samples.png") or path.stem > f"step-{last:08d}":
                 path.unlink()
         return self.d / "stage1/checkpoints"
 
 
+    def cached_rows(self) -> Path:
+        """Copy the finished run's feature cache here. Returns its file of rows."""
+        name = json.loads((self.run / "stage1/config.json").read_text())["features"]
+        shutil.copytree(self.config.parent / "cache" / name, self.d / "cache" / name)
+        return self.d / "cache" / name / "rows-00000.safetensors"
+
+
 class Attack:
-    """Unpickling it would leave a file behind."""
+    """Whoever unpickles this leaves a file behind."""
 
     def __init__(self, marker: Path):
         self.marker = marker
@@ -63,12 +71,15 @@ def flipped(content: bytes) -> bytes:
     return bytes(content)
 
 
+UNREADABLE = "not a checkpoint of ours (SafetensorError: "
 DAMAGE: dict[str, tuple[Callable, str]] = {  # what a file becomes, and what is said of it
-    "truncated": (lambda p, d: p.read_bytes()[:-50], "not a checkpoint of ours (SafetensorError: "),
-    "empty": (lambda p, d: b"", "not a checkpoint of ours (SafetensorError: "),
-    "another program's": (lambda p, d: foreign(d / "foreign"), "not a checkpoint of ours (KeyError: 'clap2diffusion')"),
-    "one bit flipped in the": (lambda p, d: flipped(p.read_bytes()), "its content does not match its SHA-256"),
-    "a pickle as": (lambda p, d: pickle.dumps(Attack(d / "executed")), "not a checkpoint of ours (SafetensorError: "),
+    "truncated": (lambda p, d: p.read_bytes()[:-50], UNREADABLE),
+    "empty": (lambda p, d: b"", UNREADABLE),
+    "another program's": (lambda p, d: foreign(d / "foreign"),
+                          "not a checkpoint of ours (KeyError: 'clap2diffusion')"),
+    "one bit flipped in the": (lambda p, d: flipped(p.read_bytes()),
+                               "its content does not match its SHA-256"),
+    "a pickle as": (lambda p, d: pickle.dumps(Attack(d / "executed")), UNREADABLE),
 }
 
 
@@ -100,7 +111,7 @@ def damaged_given(kind: str):
 
 
 def two_damaged(c: Place) -> list:
-    """With two broken ones above it, keeping two must not drop the good one."""
+    """The two newest are broken; --keep 2 must not drop the good one below them."""
     c.half_done(10)
     for step in (9, 10):
         (c.d / f"stage1/checkpoints/step-{step:08d}.safetensors").write_bytes(b"")
@@ -109,7 +120,9 @@ def two_damaged(c: Place) -> list:
 
 def keeps_two(d: Path, done) -> None:
     ends_as_the_unbroken(d, done)
-    assert sorted(runs.RunFolder(d / "stage1").steps()) == [9, 10] and len(list((d / "stage1/checkpoints").glob("*.broken"))) == 2
+    whole, broken = (sorted(path.name for path in (d / "stage1/checkpoints").glob(f"*.{kind}"))
+                     for kind in ("safetensors", "broken"))
+    assert whole == ["step-00000009.safetensors", "step-00000010.safetensors"] and len(broken) == 2
 
 
 def best_damaged(c: Place) -> list:
@@ -125,15 +138,15 @@ def final_lost(c: Place) -> list:
 
 
 def renamed_copy(c: Place) -> list:
-    """A checkpoint that the user has put aside, beside the others."""
+    """The user has kept a copy of a checkpoint beside the others."""
     folder = c.half_done()
     shutil.copy(folder / "step-00000006.safetensors", folder / "step-00000006-good.safetensors")
     return c.stage(1)
 
 
 def decays_by_a_half(d: Path, done) -> None:
-    header, tensors = runs.read_checkpoint(d / "stage1/checkpoints/step-00000010.safetensors")
-    groups = runs._unflatten(header["objects"]["optimizer"], tensors)["param_groups"]
+    header, tensors = read_tensors(d / "stage1/checkpoints/step-00000010.safetensors")
+    groups = unflatten(header["objects"]["optimizer"], tensors)["param_groups"]
     assert [group["weight_decay"] for group in groups] == [0.5] * len(groups)
 
 
@@ -144,14 +157,14 @@ def all_damaged(c: Place) -> list:
 
 
 def rewritten(change):
-    """A result of stage 1 whose header and tensors were changed by a program that knows how to digest them."""
+    """A result of stage 1, changed by a program that writes the right digest."""
     def make(c: Place) -> list:
-        header, tensors = runs.read_checkpoint(c.run / "stage1/final.safetensors")
+        header, tensors = read_tensors(c.run / "stage1/final.safetensors")
         header.pop("sha256")
         change(header, tensors)
         (c.d / "given").mkdir()
         save_file(tensors, c.d / "given/final.safetensors",
-                  {"clap2diffusion": json.dumps({**header, "sha256": runs._digest(header, tensors)})})
+                  {"clap2diffusion": json.dumps({**header, "sha256": digest(header, tensors)})})
         return c.stage(2, "--init-from", c.d / "given")
     return make
 
@@ -227,7 +240,8 @@ def finished(*flags):
 
 def keeps_a_backup(d: Path, done) -> None:
     [backup] = d.glob("stage1.before-*")
-    assert (backup / "final.safetensors").read_bytes() == (done.unbroken / "stage1/final.safetensors").read_bytes()
+    assert (backup / "final.safetensors").read_bytes() == (
+        done.unbroken / "stage1/final.safetensors").read_bytes()
     assert str(backup) in done.stdout and json.loads((d / "stage1/result.json").read_text())["steps"] == 1
 
 
@@ -249,48 +263,48 @@ def unfinished(c: Place) -> list:
 
 
 def another_stage_1(c: Place) -> list:
-    """A finished stage 2 beside a stage 1 that it did not begin from."""
+    """A finished stage 2 beside another stage 1 than the one it began from."""
     shutil.copytree(c.run / "stage2", c.d / "stage2")
     shutil.copytree(c.run / "stage1", c.d / "stage1")
-    header, tensors = runs.read_checkpoint(c.d / "stage1/final.safetensors")
+    header, tensors = read_tensors(c.d / "stage1/final.safetensors")
     header.pop("sha256")
     tensors[NORM] = tensors[NORM] + 1
-    save_file(tensors, c.d / "stage1/final.safetensors", {"clap2diffusion": json.dumps({**header, "sha256": runs._digest(header, tensors)})})
+    save_file(tensors, c.d / "stage1/final.safetensors",
+              {"clap2diffusion": json.dumps({**header, "sha256": digest(header, tensors)})})
     return c.stage(2)
 
 
 def damaged_shard(kind: str):
     """The feature cache of the finished run, with one shard replaced."""
     def make(c: Place) -> list:
-        cache = Path(json.loads(c.config.read_text())["common"]["cache_dir"])
-        shutil.copytree(cache, c.d / "cache")
-        [shard] = (c.d / "cache").glob("*/rows-00000.safetensors")
+        shard = c.cached_rows()
         shard.write_bytes(DAMAGE[kind][0](shard, c.d))
         return c.stage(1, "--cache-dir", c.d / "cache", "--steps", 1, "--samples", 0)
     return make
 
 
 def poisoned(share: str):
-    """The feature cache with NaN in the latents of some training rows: what a broken encoder would leave."""
+    """The feature cache with NaN in the latents of some training rows, as a broken encoder would leave it."""
     def make(c: Place) -> list:
-        cache = Path(json.loads(c.config.read_text())["common"]["cache_dir"])
-        shutil.copytree(cache, c.d / "cache")
-        [shard] = (c.d / "cache").glob("*/rows-00000.safetensors")
+        shard = c.cached_rows()
         with safe_open(shard, "pt") as file:
             tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
         tensors["latents_mean"][slice(0, 40) if share == "all" else slice(7, 8)] = torch.nan
         save_file(tensors, shard, metadata)
-        return c.stage(1, "--cache-dir", c.d / "cache", "--samples", 0, "--workers", 0, "--save-every", 1, "--keep", 20)
+        return c.stage(1, "--cache-dir", c.d / "cache", "--samples", 0, "--workers", 0, "--save-every", 1,
+                       "--keep", 20)
     return make
 
 
 def skips_one_update(d: Path, done) -> None:
-    """Forty training rows, ten steps of four: the row comes once; weights and moments are after that step what they were before it."""
+    """Ten steps of four show each of forty rows once. The step with the bad row changes nothing."""
     losses = [json.loads(line) for line in (d / "stage1/log.jsonl").read_text().splitlines()]
     [bad] = [line["step"] for line in losses if "loss" in line and line["loss"] != line["loss"]]
-    states = {step: runs.read_checkpoint(d / f"stage1/checkpoints/step-{step:08d}.safetensors")[1] for step in range(11)}
+    states = {step: read_tensors(d / f"stage1/checkpoints/step-{step:08d}.safetensors")[1]
+              for step in range(11)}
     for step in range(1, 11):
-        same = all(torch.equal(value, states[step - 1][key]) for key, value in states[step].items() if key in states[step - 1])
+        same = all(torch.equal(value, states[step - 1][key])
+                   for key, value in states[step].items() if key in states[step - 1])
         assert same == (step == bad) and all(value.isfinite().all() for value in states[step].values()), step
 
 
@@ -299,7 +313,8 @@ def generate(*flags, run: str = "run"):
     def make(c: Place) -> list:
         sound = sorted((c.world / "audio").glob("test-*.wav"))[0]
         given = [c.d / str(one)[2:] if str(one).startswith("d/") else one for one in flags]
-        return ["generate.py", "--run", c.run if run == "run" else c.d / run, "--audio", sound, "--out", c.d / "o.png", "--steps", 2, *given]
+        return ["generate.py", "--run", c.run if run == "run" else c.d / run, "--audio", sound, "--out",
+                c.d / "o.png", "--steps", 2, *given]
     return make
 
 
@@ -314,7 +329,8 @@ def generate_from(make):
 def damaged_adapter(kind: str):
     def make(c: Place) -> list:
         (c.d / "given").mkdir()
-        (c.d / "given/adapter.safetensors").write_bytes(DAMAGE[kind][0](c.run / "stage3/adapter.safetensors", c.d))
+        content = DAMAGE[kind][0](c.run / "stage3/adapter.safetensors", c.d)
+        (c.d / "given/adapter.safetensors").write_bytes(content)
         return generate(run="given")(c)
     return make
 
@@ -333,7 +349,8 @@ def no_picture(d: Path, _) -> None:
 def world_into(make, *flags):
     def build(c: Place) -> list:
         make(c.d / "out")
-        return ["prepare_data.py", "world", "--out", c.d / "out", "--train", 4, "--val", 2, "--test", 2, *flags]
+        return ["prepare_data.py", "world", "--out", c.d / "out", "--train", 4, "--val", 2, "--test", 2,
+                *flags]
     return build
 
 
@@ -346,14 +363,15 @@ def stops_at_a_limit(d: Path, done) -> None:
 
 
 def bad_rows(*flags):
-    """A sound that is none, an empty picture, half a line, among 71 rows."""
+    """Among 71 rows a text as sound, an empty picture and half a line."""
     def make(c: Place) -> list:
         shutil.copytree(c.world, c.d / "world")
         lines = (c.world / "metadata.jsonl").read_text().splitlines()
         (c.d / "world" / json.loads(lines[3])["audio_file_name"]).write_bytes(b"not a sound")
         (c.d / "world" / json.loads(lines[5])["image_file_name"]).write_bytes(b"")
         (c.d / "world/metadata.jsonl").write_text("\n".join(lines) + '\n{"half": ')
-        return c.stage(1, "--data-root", c.d / "world", "--cache-dir", c.d / "cache", "--steps", 1, "--samples", 0, *flags)
+        return c.stage(1, "--data-root", c.d / "world", "--cache-dir", c.d / "cache", "--steps", 1,
+                       "--samples", 0, *flags)
     return make
 
 
@@ -366,12 +384,14 @@ def trains_on_the_rest(d: Path, done) -> None:
     assert "38 train" in done.stdout
 
 
-def left_out(*command):
-    """A finished run whose data have lost two test pictures and a test sound since."""
+def left_out(*command, stages=(1, 2, 3)):
+    """A finished run whose data have since lost two test pictures and a test sound."""
     def make(c: Place) -> list:
-        shutil.copytree(c.run, c.d / "run")
+        for n in stages:
+            shutil.copytree(c.run / f"stage{n}", c.d / f"run/stage{n}")
         shutil.copytree(c.world, c.d / "world")
-        tests = [one for one in map(json.loads, (c.world / "metadata.jsonl").read_text().splitlines()) if one["split"] == "test"]
+        tests = [one for one in map(json.loads, (c.world / "metadata.jsonl").read_text().splitlines())
+                 if one["split"] == "test"]
         (c.d / "world" / tests[0]["image_file_name"]).write_bytes(b"")
         (c.d / "world" / tests[1]["image_file_name"]).unlink()
         sound = c.d / "world" / tests[2]["audio_file_name"]
@@ -383,7 +403,8 @@ def left_out(*command):
 
 
 def says_which(d: Path, done) -> None:
-    assert done.stdout.count("left out: ") == 3 and "truncated" in done.stdout and "no such file" in done.stdout
+    assert done.stdout.count("left out: ") == 3 and "truncated" in done.stdout
+    assert "no such file" in done.stdout
 
 
 def made_in_bf16(c: Place) -> list:
@@ -398,92 +419,159 @@ def few_rows(c: Place) -> list:
 RESUME = "{d}/stage1/checkpoints/step-00000009.safetensors: "
 FULL = 1_000_000
 CHECKPOINTS = [
-    *(Case(f"{kind} newest checkpoint", damaged_newest(kind), 0, RESUME + says + "*; falling back to the one before", ends_as_the_unbroken)
+    *(Case(f"{kind} newest checkpoint", damaged_newest(kind), 0,
+           RESUME + says + "*; falling back to the one before", ends_as_the_unbroken)
       for kind, (_, says) in DAMAGE.items()),
-    Case("the two newest damaged, with --keep 2", two_damaged, 0, "{d}/stage1/checkpoints/step-00000009.safetensors: *; falling back to the one before", keeps_two),
-    Case("every checkpoint damaged", all_damaged, 2, "error: {d}/stage1/checkpoints: no checkpoint there is whole; begin anew with --fresh, which keeps them"),
-    *(Case(f"{kind} checkpoint given by name", damaged_given(kind), 2, "error: {d}/given/final.safetensors: " + says, nothing_ran)
+    Case("the two newest damaged, with --keep 2", two_damaged, 0,
+         "{d}/stage1/checkpoints/step-00000009.safetensors: *; falling back to the one before", keeps_two),
+    Case("every checkpoint damaged", all_damaged, 2, "error: {d}/stage1/checkpoints: no checkpoint there is "
+         "whole; begin anew with --fresh, which keeps them"),
+    *(Case(f"{kind} checkpoint given by name", damaged_given(kind), 2,
+           "error: {d}/given/final.safetensors: " + says, nothing_ran)
       for kind, (_, says) in DAMAGE.items()),
-    Case("another stage's file", lambda c: c.stage(2, "--init-from", c.run / "stage2"), 2, "/stage2/final.safetensors: is of stage2, expected a result of stage1"),
-    Case("an unknown format version", rewritten(lambda header, tensors: header.update(format=99)), 2, "error: {d}/given/final.safetensors: format version 99, expected 1"),
-    Case("a missing tensor", rewritten(drop), 2, "error: {d}/given/final.safetensors: audio_proj.norm.weight is absent, this run expects (128,)"),
-    Case("a tensor that is named and not there", rewritten(dangle), 2, "error: {d}/given/final.safetensors: the header of audio_proj does not fit its tensors (KeyError: "),
-    Case("an unexpected tensor", rewritten(add), 2, "error: {d}/given/final.safetensors: audio_proj.more is (2,), this run expects absent"),
-    Case("a tensor of another size", rewritten(narrow), 2, "error: {d}/given/final.safetensors: audio_proj.norm.weight is (5,), this run expects (128,)"),
-    Case("a result of other models", lambda c: ["train_stage2.py", *other_base(c)[1:], "--init-from", c.run / "stage1"], 2, "/stage1/final.safetensors: belongs to models "),
-    Case("temporary files of a killed save", stale, 0, "/.step-00000011.safetensors.123.tmp: left by an interrupted save, removed", ends_as_the_unbroken),
+    Case("another stage's file", lambda c: c.stage(2, "--init-from", c.run / "stage2"), 2,
+         "/stage2/final.safetensors: is of stage2, expected a result of stage1"),
+    Case("an unknown format version", rewritten(lambda header, tensors: header.update(format=99)), 2,
+         "error: {d}/given/final.safetensors: format version 99, expected 1"),
+    Case("a missing tensor", rewritten(drop), 2,
+         "error: {d}/given/final.safetensors: audio_proj.norm.weight is absent, this run expects (128,)"),
+    Case("a tensor that is named and not there", rewritten(dangle), 2,
+         "error: {d}/given/final.safetensors: the header of audio_proj does not fit its tensors (KeyError: "),
+    Case("an unexpected tensor", rewritten(add), 2,
+         "error: {d}/given/final.safetensors: audio_proj.more is (2,), this run expects absent"),
+    Case("a tensor of another size", rewritten(narrow), 2,
+         "error: {d}/given/final.safetensors: audio_proj.norm.weight is (5,), this run expects (128,)"),
+    Case("a result of other models",
+         lambda c: ["train_stage2.py", *other_base(c)[1:], "--init-from", c.run / "stage1"], 2,
+         "/stage1/final.safetensors: belongs to models "),
+    Case("temporary files of a killed save", stale, 0,
+         "/.step-00000011.safetensors.123.tmp: left by an interrupted save, removed", ends_as_the_unbroken),
     Case("file times that lie", older_by_time, 0, "resuming at step 9", ends_as_the_unbroken),
-    Case("a copy of a checkpoint under a name of the user's", renamed_copy, 0, "resuming at step 9", ends_as_the_unbroken),
-    Case("the best weights damaged", best_damaged, 0, "{d}/stage1/best.safetensors: not a checkpoint of ours (*; the weights of the last step are taken"),
-    Case("the result lost from a finished run", final_lost, 0, "stage1: done (all steps)", ends_as_the_unbroken),
-    Case("an old checkpoint that cannot be deleted", undeletable, 0, "/step-00000003.safetensors: could not be deleted", ends_as_the_unbroken),
+    Case("a copy of a checkpoint under a name of the user's", renamed_copy, 0, "resuming at step 9",
+         ends_as_the_unbroken),
+    Case("the best weights damaged", best_damaged, 0,
+         "{d}/stage1/best.safetensors: not a checkpoint of ours (*; the weights of the last step are taken"),
+    Case("the result lost from a finished run", final_lost, 0, "stage1: done (all steps)",
+         ends_as_the_unbroken),
+    Case("an old checkpoint that cannot be deleted", undeletable, 0,
+         "/step-00000003.safetensors: could not be deleted", ends_as_the_unbroken),
 ]
 FOLDERS = [
-    Case("the run folder is a file", at("f", lambda p: p.write_text("")), 2, "error: {d}/f/stage1: cannot be used as output folder (Not a directory)", before_the_models),
-    Case("the run folder is a link to nothing", at("f", lambda p: p.symlink_to(p.parent / "none")), 2, "error: {d}/f/stage1: cannot be used as output folder (", before_the_models),
-    Case("a run folder that cannot be written", lambda c: ["train_stage1.py", "--config", c.config, "--run", "/proc/run"], 2,
+    Case("the run folder is a file", at("f", lambda p: p.write_text("")), 2,
+         "error: {d}/f/stage1: cannot be used as output folder (Not a directory)", before_the_models),
+    Case("the run folder is a link to nothing", at("f", lambda p: p.symlink_to(p.parent / "none")), 2,
+         "error: {d}/f/stage1: cannot be used as output folder (", before_the_models),
+    Case("a run folder that cannot be written",
+         lambda c: ["train_stage1.py", "--config", c.config, "--run", "/proc/run"], 2,
          "error: /proc/run/stage1: cannot be used as output folder (", before_the_models),
-    Case("a log folder that is a file", lambda c: (c.d / "f").write_text("x") and c.stage(1, "--log-dir", c.d / "f"), 2,
-         "error: --log-dir {d}/f: cannot be used (File exists); give a folder that can be written", before_the_models),
-    Case("a cache folder that cannot be written", lambda c: c.stage(1, "--cache-dir", "/proc/cache"), 2, "the feature cache cannot be written (*); choose another --cache-dir"),
-    Case("stage 2 without stage 1", lambda c: c.stage(2), 2, "error: {d}/stage1/final.safetensors: stage1 has not run; run first: python train_stage1.py --config "),
-    Case("stage 2 after an unfinished stage 1", unfinished, 2, "error: {d}/stage1/final.safetensors: stage1 is not finished; run first: python train_stage1.py --config "),
-    Case("stage 3 without stage 2", lambda c: c.stage(3), 2, "error: {d}/stage2/final.safetensors: stage2 has not run; run first: python train_stage2.py --config "),
-    Case("a finished stage 2 beside another stage 1", another_stage_1, 2, "error: {d}/stage2: began from another result of the stage before than the one there now"),
+    Case("a log folder that is a file",
+         lambda c: (c.d / "f").write_text("x") and c.stage(1, "--log-dir", c.d / "f"), 2,
+         "error: --log-dir {d}/f: cannot be used (File exists); give a folder that can be written",
+         before_the_models),
+    Case("a cache folder that cannot be written", lambda c: c.stage(1, "--cache-dir", "/proc/cache"), 2,
+         "the feature cache cannot be written (*); choose another --cache-dir"),
+    Case("stage 2 without stage 1", lambda c: c.stage(2), 2, "error: {d}/stage1/final.safetensors: "
+         "stage1 has not run; run first: python train_stage1.py --config "),
+    Case("stage 2 after an unfinished stage 1", unfinished, 2, "error: {d}/stage1/final.safetensors: "
+         "stage1 is not finished; run first: python train_stage1.py --config "),
+    Case("stage 3 without stage 2", lambda c: c.stage(3), 2, "error: {d}/stage2/final.safetensors: "
+         "stage2 has not run; run first: python train_stage2.py --config "),
+    Case("a finished stage 2 beside another stage 1", another_stage_1, 2,
+         "error: {d}/stage2: began from another result of the stage before than the one there now"),
     Case("resuming with another learning rate", resumed("--learning-rate", 0.5), 2,
-         RESUME + "was made with other settings (learning_rate 0.001 -> 0.5); give the old ones, begin anew with --fresh, or go on with the new ones with --allow-changed"),
+         RESUME + "was made with other settings (learning_rate 0.001 -> 0.5); give the old ones, begin anew "
+         "with --fresh, or go on with the new ones with --allow-changed"),
     Case("the same, allowed", resumed("--learning-rate", 0.5, "--allow-changed"), 0, "resuming at step 9"),
-    Case("another weight decay, allowed", resumed("--weight-decay", 0.5, "--allow-changed"), 0, "resuming at step 9", decays_by_a_half),
-    Case("without the whitening, allowed", resumed("--no-whiten", "--allow-changed"), 2, RESUME + "was made with whiten True -> False, which cannot change within a run; give the old one, or begin anew with --fresh"),
-    Case("with 8-bit Adam, allowed", resumed("--adam-8bit", "--allow-changed"), 2, RESUME + "was made with adam_8bit False -> True, which cannot change within a run"),
-    Case("resuming with other dimensions", resumed("--num-tokens", 4), 2, RESUME + "was made with dims *'num_tokens': 8*, this run has *'num_tokens': 4"),
+    Case("another weight decay, allowed", resumed("--weight-decay", 0.5, "--allow-changed"), 0,
+         "resuming at step 9", decays_by_a_half),
+    Case("without the whitening, allowed", resumed("--no-whiten", "--allow-changed"), 2, RESUME + "was made "
+         "with whiten True -> False, which cannot change within a run; give the old one, or begin anew with "
+         "--fresh"),
+    Case("with 8-bit Adam, allowed", resumed("--adam-8bit", "--allow-changed"), 2,
+         RESUME + "was made with adam_8bit False -> True, which cannot change within a run"),
+    Case("resuming with other dimensions", resumed("--num-tokens", 4), 2,
+         RESUME + "was made with dims *'num_tokens': 8*, this run has *'num_tokens': 4"),
     Case("resuming with another base model", other_base, 2, RESUME + "was made with fingerprints "),
     Case("resuming with other data", other_data, 2, RESUME + "was made with other settings ("),
-    Case("resuming with another log interval", resumed("--log-every", 2), 0, "resuming at step 9", ends_as_the_unbroken),
-    Case("fewer steps asked for than are done", resumed("--steps", 4, "--allow-changed"), 0, "stage1: done (all steps)"),
+    Case("resuming with another log interval", resumed("--log-every", 2), 0, "resuming at step 9",
+         ends_as_the_unbroken),
+    Case("fewer steps asked for than are done", resumed("--steps", 4, "--allow-changed"), 0,
+         "stage1: done (all steps)"),
     Case("the same command again when all is done", finished(), 0, "{d}/stage1: already complete"),
-    Case("a fresh start over a finished run", finished("--fresh", "--steps", 1, "--samples", 0), 0, "{d}/stage1: the old run is kept in {d}/stage1.before-", keeps_a_backup),
+    Case("a fresh start over a finished run", finished("--fresh", "--steps", 1, "--samples", 0), 0,
+         "{d}/stage1: the old run is kept in {d}/stage1.before-", keeps_a_backup),
     Case("fewer rows than a batch", few_rows, 2, "40 usable rows, fewer than a batch of 41"),
-    Case("bad rows above the limit", bad_rows(), 2, "error: 3 of 71 rows cannot be used (limit 1 %), listed in *bad_rows.txt; mend or remove them, or raise --max-bad-share", lists_all_three),
-    Case("a few bad rows below the limit", bad_rows("--max-bad-share", 0.1), 0, "3 of 71 rows cannot be used (limit 10 %), listed in *bad_rows.txt; they are left out", trains_on_the_rest),
+    Case("bad rows above the limit", bad_rows(), 2, "error: 3 of 71 rows cannot be used (limit 1 %), listed "
+         "in *bad_rows.txt; mend or remove them, or raise --max-bad-share", lists_all_three),
+    Case("a few bad rows below the limit", bad_rows("--max-bad-share", 0.1), 0,
+         "3 of 71 rows cannot be used (limit 10 %), listed in *bad_rows.txt; they are left out",
+         trains_on_the_rest),
     Case("a result that was trained in BF16, carried on in float32", made_in_bf16, 0, "stage2: done"),
-    Case("CUDA asked for without a GPU", lambda c: c.stage(1, "--device", "cuda"), 2, "error: --device cuda: torch sees no CUDA device here; use --device cpu or auto", before_the_models),
-    Case("a pickle as feature shard", damaged_shard("a pickle as"), 0, "/rows-00000.safetensors is damaged", nothing_ran),
+    Case("CUDA asked for without a GPU", lambda c: c.stage(1, "--device", "cuda"), 2,
+         "error: --device cuda: torch sees no CUDA device here; use --device cpu or auto", before_the_models),
+    Case("a pickle as feature shard", damaged_shard("a pickle as"), 0, "/rows-00000.safetensors is damaged",
+         nothing_ran),
     Case("a truncated feature shard", damaged_shard("truncated"), 0, "/rows-00000.safetensors is damaged"),
-    Case("a row whose loss is NaN", poisoned("one"), 0, ": loss nan, gradient norm nan: update skipped; samples *train-00007", skips_one_update),
-    Case("three updates in a row whose loss is NaN", poisoned("all"), 1, "error: {d}/stage1: loss or gradient not finite in steps 0 to 2; the last checkpoint is good"),
+    Case("a row whose loss is NaN", poisoned("one"), 0,
+         ": loss nan, gradient norm nan: update skipped; samples *train-00007", skips_one_update),
+    Case("three updates in a row whose loss is NaN", poisoned("all"), 1,
+         "error: {d}/stage1: loss or gradient not finite in steps 0 to 2; the last checkpoint is good"),
 ]
 PICTURES = [
-    Case("no run to make a picture with", generate(run="none"), 2, "error: {d}/none: holds no adapter.safetensors; expected a run folder with a finished stage", no_picture),
-    *(Case(f"{kind} adapter", damaged_adapter(kind), 2, "error: {d}/given/adapter.safetensors: not an adapter of ours", no_picture)
+    Case("no run to make a picture with", generate(run="none"), 2,
+         "error: {d}/none: holds no adapter.safetensors; expected a run folder with a finished stage",
+         no_picture),
+    *(Case(f"{kind} adapter", damaged_adapter(kind), 2,
+           "error: {d}/given/adapter.safetensors: not an adapter of ours", no_picture)
       for kind in ("truncated", "empty", "another program's", "a pickle as")),
     Case("one bit flipped in the adapter", damaged_adapter("one bit flipped in the"), 2,
          "error: {d}/given/adapter.safetensors: its content does not match its SHA-256", no_picture),
-    Case("another CLAP than the adapter's", other_clap, 2, "error: {d}/clap: is CLAP *, but * was trained with CLAP ", no_picture),
-    Case("a sound that is missing", generate_from(lambda p: None), 2, "error: --audio {d}/a.wav: is not a file; expected a sound file", no_picture),
-    Case("a folder as sound for a picture", generate_from(lambda p: p.mkdir()), 2, "error: --audio {d}/a.wav: is not a file; expected a sound file", no_picture),
-    Case("a text as sound for a picture", generate_from(lambda p: p.write_text("no sound")), 2, "error: {d}/a.wav: not a sound that libsndfile reads", no_picture),
-    Case("a picture into a folder that is not there", generate("--out", "d/no/o.png"), 2, "error: --out {d}/no/o.png: {d}/no is not a folder that can be written to; make it first"),
-    Case("a picture that is no PNG", generate("--out", "d/o.jpg"), 2, "error: --out {d}/o.jpg: expected a name that ends in .png"),
-    Case("a broken picture to begin from", lambda c: (c.d / "i.png").write_bytes(b"x") and generate("--init-image", "d/i.png")(c), 2,
+    Case("another CLAP than the adapter's", other_clap, 2,
+         "error: {d}/clap: is CLAP *, but * was trained with CLAP ", no_picture),
+    Case("a sound that is missing", generate_from(lambda p: None), 2,
+         "error: --audio {d}/a.wav: is not a file; expected a sound file", no_picture),
+    Case("a folder as sound for a picture", generate_from(lambda p: p.mkdir()), 2,
+         "error: --audio {d}/a.wav: is not a file; expected a sound file", no_picture),
+    Case("a text as sound for a picture", generate_from(lambda p: p.write_text("no sound")), 2,
+         "error: {d}/a.wav: not a sound that libsndfile reads", no_picture),
+    Case("a picture into a folder that is not there", generate("--out", "d/no/o.png"), 2,
+         "error: --out {d}/no/o.png: {d}/no is not a folder that can be written to; make it first"),
+    Case("a picture that is no PNG", generate("--out", "d/o.jpg"), 2,
+         "error: --out {d}/o.jpg: expected a name that ends in .png"),
+    Case("a broken picture to begin from",
+         lambda c: (c.d / "i.png").write_bytes(b"x") and generate("--init-image", "d/i.png")(c), 2,
          "error: --init-image {d}/i.png: not a picture that Pillow reads", no_picture),
-    Case("judging a run that is not there", lambda c: ["evaluate.py", "--run", c.d / "none"], 2, "error: {d}/none: holds no adapter.safetensors"),
-    Case("a report of a run that is not finished", lambda c: ["report.py", "--run", c.d], 2, "error: {d}/stage1/result.json: is missing, so stage1 is not finished"),
-    Case("a report after test files were lost", left_out("report.py", "--columns", 10), 0, "left out: zero bytes", says_which),
-    Case("judging after test files were lost", left_out("evaluate.py", "--quick"), 0, "left out: zero bytes", says_which),
-    Case("data made with other settings", world_into(made_with_another_seed), 2, "error: {d}/out: holds data made with "),
-    Case("a data folder that is a file", world_into(lambda p: p.write_text("")), 2, "error: {d}/out: cannot be written ("),
-    Case("no stamps of Tux Paint", lambda c: ["prepare_data.py", "tuxpaint", "--stamps", c.d, "--out", c.d / "out"], 2, "error: {d}: holds no stamps with sounds; install them: "),
+    Case("judging a run that is not there", lambda c: ["evaluate.py", "--run", c.d / "none"], 2,
+         "error: {d}/none: holds no adapter.safetensors"),
+    Case("a report of a run that is not finished", lambda c: ["evaluate.py", "--judge", "", "--run", c.d], 2,
+         "error: {d}/stage1/result.json: is missing, so stage1 is not finished"),
+    Case("a report after test files were lost", left_out("evaluate.py", "--judge", "", "--columns", 10), 0,
+         "left out: zero bytes", says_which),
+    Case("judging after test files were lost", left_out("evaluate.py", "--quick", stages=[3]), 0,
+         "left out: zero bytes",
+         says_which),
+    Case("data made with other settings", world_into(made_with_another_seed), 2,
+         "error: {d}/out: holds data made with "),
+    Case("a data folder that is a file", world_into(lambda p: p.write_text("")), 2,
+         "error: {d}/out: cannot be written ("),
+    Case("no stamps of Tux Paint",
+         lambda c: ["prepare_data.py", "tuxpaint", "--stamps", c.d, "--out", c.d / "out"], 2,
+         "error: {d}: holds no stamps with sounds; install them: "),
 ]
 FULL_DISKS = [  # (case, bytes after which the disk is full)
-    (Case("a disk that is full at a checkpoint", resumed(), 1, "error: no space left in {d}/stage1/checkpoints, * MB needed for step-00000009.safetensors"), FULL),
-    (Case("a disk that is full at the best weights", lambda c: c.stage(1), 1, "error: no space left in {d}/stage1, * MB needed for best.safetensors"), 100_000),
-    (Case("a disk that is full at the feature cache", lambda c: c.stage(1, "--cache-dir", c.d / "cache"), 1, "error: no space left in {d}/cache/*, * MB needed for "), 100_000),
-    (Case("a disk that is full while the data are made", world_into(lambda p: None), 1, "error: no space left in {d}/out/audio, * MB needed for ", stops_at_a_limit), 20_000),
+    (Case("a disk that is full at a checkpoint", resumed(), 1,
+          "error: no space left in {d}/stage1/checkpoints, * MB needed for step-00000009.safetensors"), FULL),
+    (Case("a disk that is full at the best weights", lambda c: c.stage(1), 1,
+          "error: no space left in {d}/stage1, * MB needed for best.safetensors"), 100_000),
+    (Case("a disk that is full at the feature cache", lambda c: c.stage(1, "--cache-dir", c.d / "cache"), 1,
+          "error: no space left in {d}/cache/*, * MB needed for "), 100_000),
+    (Case("a disk that is full while the data are made", world_into(lambda p: None), 1,
+          "error: no space left in {d}/out/audio, * MB needed for ", stops_at_a_limit), 20_000),
     (Case("a disk that is full at the picture", generate(), 1, "error: no space left "), 2_000),
 ]
 CASES = CHECKPOINTS + FOLDERS + PICTURES + [case for case, _ in FULL_DISKS]
-REPLACED = ("best.safetensors", "step-00000003.safetensors", "step-00000006.safetensors", "step-00000009.safetensors", "step-00000010.safetensors", "rows-00000.safetensors")
+REPLACED = ("best.safetensors", "step-00000003.safetensors", "step-00000006.safetensors",
+            "step-00000009.safetensors", "step-00000010.safetensors", "rows-00000.safetensors")
 LIMITS = {case.fault: limit for case, limit in FULL_DISKS}
 
 

@@ -1,4 +1,4 @@
-"""generate.py's sound algebra and attention.py, against pictures and predictions made by hand on the small models."""
+"""generate.py, its sound algebra and its heat maps, against pictures and predictions made by hand."""
 
 from __future__ import annotations
 
@@ -16,19 +16,23 @@ import torch
 from conftest import BASE, CLAP, ENV, ROOT, ok, script
 from PIL import Image
 
-import attention
 import common
 import generate
-import pretrained
-import stock
-from config import UserError
+from clap2diffusion.base.exits import UserError
+from clap2diffusion.base.hub import fingerprint
+from clap2diffusion.dataset.encoders import CLAPAudioEncoder
+from clap2diffusion.pictures import export, generation, pipelines
+from clap2diffusion.pictures.heat_maps import Recorder, record
+from clap2diffusion.pictures.pipelines import listening
+from clap2diffusion.pictures.sheets import tile
+from clap2diffusion.pictures.sound_algebra import embed, mix, slerp, window_starts
 
 RATE = 48000
 
 
 @pytest.fixture(scope="session")
 def sounds(tmp_path_factory) -> dict[str, Path]:
-    """A siren (4 s), rain (2 s), an engine (4 s), silence (1 s) and a long file (11 s), as float WAV at CLAP's rate."""
+    """A siren (4 s), rain (2 s), an engine (4 s), silence (1 s), a long file (11 s); float WAV, 48 kHz."""
     rng, t = np.random.default_rng(0), np.arange(4 * RATE) / RATE
     waves = {"siren": 0.6 * np.sin(2 * np.pi * (900 * t + 60 * np.sin(2 * np.pi * t))),
              "rain": 0.5 * np.clip(rng.standard_normal(2 * RATE) / 3, -1, 1),
@@ -45,7 +49,7 @@ def write(path: Path, wave: np.ndarray) -> Path:
 
 
 def write_adapter(path: Path, strength: float) -> Path:
-    """An adapter that nobody trained, without LoRA, loud enough that every sound makes another picture."""
+    """An untrained adapter without LoRA, so strong that every sound makes another picture."""
     from diffusers import UNet2DConditionModel
     torch.manual_seed(0)
     unet = UNet2DConditionModel.from_pretrained(BASE, subfolder="unet")
@@ -54,9 +58,10 @@ def write_adapter(path: Path, strength: float) -> Path:
     for to_v in audio_attn.to_v:
         to_v.weight.data *= 3
     header = {"stage": "by hand", "step": 0, "base_model": str(BASE), "clap_model": str(CLAP),
-              "fingerprints": pretrained.fingerprints(BASE, CLAP), "dims": {"width": unet.config.cross_attention_dim},
+              "fingerprints": {"unet": fingerprint(BASE / "unet"), "clap": fingerprint(CLAP)},
+              "dims": {"width": unet.config.cross_attention_dim},
               "settings": {"image_size": 64}}
-    stock.write_adapter(path, {"audio_proj": audio_proj, "audio_attn": audio_attn}, unet, header)
+    export.write_adapter(path, {"audio_proj": audio_proj, "audio_attn": audio_attn}, unet, header)
     return path
 
 
@@ -67,12 +72,15 @@ def adapter(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def draw(adapter, tmp_path, monkeypatch):
-    """draw("a.wav", ...) runs generate.main and returns the picture of --out; models are loaded once for all tests."""
-    monkeypatch.setattr(generate, "load_clap", lambda *_: encoder())
-    monkeypatch.setattr(stock, "load_stock_pipeline", pipeline)
+    """draw("a.wav", ...) runs generate.main and returns the picture in --out. Models are loaded once for all
+    tests.
+    """
+    monkeypatch.setattr(generation, "load_clap", lambda *_: encoder())
+    monkeypatch.setattr(generation, "load_stock_pipeline", pipeline)
 
     def run(*args, out: str = "out.png") -> np.ndarray | None:
-        generate.main(["--run", str(adapter), "--steps", "3", "--out", str(tmp_path / out), "--audio", *map(str, args)])
+        generate.main(["--run", str(adapter), "--steps", "3", "--out", str(tmp_path / out), "--audio",
+                       *map(str, args)])
         return read(tmp_path / out) if (tmp_path / out).exists() else None
 
     return run
@@ -80,7 +88,7 @@ def draw(adapter, tmp_path, monkeypatch):
 
 @cache
 def encoder():
-    return common.CLAPAudioEncoder(CLAP)
+    return CLAPAudioEncoder(CLAP)
 
 
 @cache
@@ -88,7 +96,7 @@ def pipeline(base: Path, adapter_path: Path, device, dtype, scheduler):
     return LOAD(base, adapter_path, device, dtype, scheduler)
 
 
-LOAD = stock.load_stock_pipeline
+LOAD = pipelines.load_stock_pipeline
 
 
 def stock_pipe(adapter: Path):
@@ -105,7 +113,8 @@ def settings(path: Path) -> dict:
 
 def units(*shape: int) -> torch.Tensor:
     """Random vectors of unit length, as CLAP's are."""
-    return torch.nn.functional.normalize(torch.randn(shape, generator=torch.Generator().manual_seed(1)), dim=-1)
+    return torch.nn.functional.normalize(torch.randn(shape, generator=torch.Generator().manual_seed(1)),
+                                         dim=-1)
 
 
 def apart(a: np.ndarray, b: np.ndarray) -> int:
@@ -113,28 +122,30 @@ def apart(a: np.ndarray, b: np.ndarray) -> int:
     return int(abs(a - b).max())
 
 
-@pytest.mark.parametrize("name, kind", [("dpm", "DPMSolverMultistepScheduler"), ("unipc", "UniPCMultistepScheduler")])
+@pytest.mark.parametrize("name, kind",
+                         [("dpm", "DPMSolverMultistepScheduler"), ("unipc", "UniPCMultistepScheduler")])
 def test_a_scheduler_for_few_steps_is_diffusers_own(name, kind, draw, sounds, adapter, tmp_path):
     import diffusers
     ours = draw(sounds["siren"], "--scheduler", name)
     assert settings(tmp_path / "out.png")["scheduler"] == name
     pipe = LOAD(BASE, adapter)
     pipe.scheduler = getattr(diffusers, kind).from_config(pipe.scheduler.config, timestep_spacing="trailing")
-    heard = generate.embed(encoder(), str(sounds["siren"]))[None]
-    image = pipe("", ip_adapter_image_embeds=[torch.cat([torch.zeros_like(heard), heard])], guidance_scale=3.0, num_inference_steps=3,
+    heard = embed(encoder(), str(sounds["siren"]))[None]
+    image = pipe("", ip_adapter_image_embeds=[torch.cat([torch.zeros_like(heard), heard])],
+                 guidance_scale=3.0, num_inference_steps=3,
                  generator=torch.Generator().manual_seed(0), height=64, width=64).images[0]
     assert apart(ours, np.asarray(image).astype(int)) <= 1
     assert apart(ours, draw(sounds["siren"])) > 5  # the base model's own scheduler goes another way
 
 
-# --- mixing and modes -----------------------------------------------------------------------------------------------
+# --- mixing and modes ---------------------------------------------------------------------------------------
 
 def test_mix_adds_waveforms_as_air_does():
     first, second = np.array([0.5, -0.5, 0.25]), np.array([0.2, 0.4, 0.0, 0.3, 0.1])
-    assert generate.mix([first, second], [3, 1]) == pytest.approx([0.5 + 0.2 / 3, -0.5 + 0.4 / 3, 0.25, 0.1, 0.1 / 3])
-    loud = generate.mix([first, second * 3], [1, 1])
+    assert mix([first, second], [3, 1]) == pytest.approx([0.5 + 0.2 / 3, -0.5 + 0.4 / 3, 0.25, 0.1, 0.1 / 3])
+    loud = mix([first, second * 3], [1, 1])
     assert loud == pytest.approx(np.array([1.1, 0.7, 0.25, 0.9, 0.3]) / 1.1) and loud.dtype == np.float32
-    assert generate.mix([first, second], [2, 0]) == pytest.approx(first)  # weight 0: not even its length counts
+    assert mix([first, second], [2, 0]) == pytest.approx(first)  # weight 0: not even its length counts
 
 
 def test_a_mix_is_the_picture_of_the_mixture_made_by_hand(draw, sounds, tmp_path):
@@ -143,7 +154,8 @@ def test_a_mix_is_the_picture_of_the_mixture_made_by_hand(draw, sounds, tmp_path
     by_hand = draw(write(tmp_path / "hand.wav", mixture / max(1, abs(mixture).max())))
     mixed = draw(sounds["siren"], sounds["rain"], "--weights", 0.7, 0.5)
     assert apart(mixed, by_hand) <= 1
-    assert apart(mixed, draw(sounds["siren"], sounds["silence"], sounds["rain"], "--weights", 0.7, 9, 0.5)) == 0
+    assert apart(mixed,
+                 draw(sounds["siren"], sounds["silence"], sounds["rain"], "--weights", 0.7, 9, 0.5)) == 0
     assert apart(draw(sounds["siren"], sounds["silence"]), draw(sounds["siren"])) == 0
     assert apart(draw(sounds["siren"], sounds["rain"]), mixed) > 0
     loud = siren + engine
@@ -155,7 +167,7 @@ def test_a_mix_is_the_picture_of_the_mixture_made_by_hand(draw, sounds, tmp_path
 
 
 def test_only_silence_is_the_null_audio(draw, sounds, adapter, capsys):
-    null = stock.pictures(stock_pipe(adapter), torch.zeros(1, 512), [""], 5.0, 3, [0], size=64)[0]
+    null = pipelines.pictures(stock_pipe(adapter), torch.zeros(1, 512), [""], 5.0, 3, [0], size=64)[0]
     assert apart(draw(sounds["silence"], sounds["silence"]), np.asarray(null).astype(int)) == 0
     assert "nothing is left to hear" in capsys.readouterr().out
 
@@ -172,8 +184,8 @@ def test_each_sound_of_a_batch_is_heard_in_its_own_picture_only(draw, sounds, tm
 
 
 def test_batches_are_small_and_change_nothing(draw, sounds, tmp_path, monkeypatch):
-    sizes, pictures = [], stock.pictures
-    monkeypatch.setattr(stock, "pictures", lambda pipe, embeds, *args, **kw: (
+    sizes, pictures = [], pipelines.pictures
+    monkeypatch.setattr(generation, "pictures", lambda pipe, embeds, *args, **kw: (
         sizes.append(len(embeds)), pictures(pipe, embeds, *args, **kw))[1])
     draw(sounds["siren"], sounds["rain"], sounds["engine"], "--each", "--attention-map", "--batch-size", 2)
     assert sizes == [2, 1]
@@ -182,7 +194,8 @@ def test_batches_are_small_and_change_nothing(draw, sounds, tmp_path, monkeypatc
         single = draw(sounds[name], "--seed", i, "--attention-map", out="single.png")
         alone = np.load(tmp_path / "single-attention.npz")
         assert apart(read(tmp_path / f"out-{i + 1}.png"), single) <= 1
-        assert np.allclose(maps["all"], alone["all"], atol=1e-3) and np.allclose(maps["total"], alone["total"], atol=1e-4)
+        assert np.allclose(maps["all"], alone["all"], atol=1e-3)
+        assert np.allclose(maps["total"], alone["total"], atol=1e-4)
 
 
 def test_interpolation_begins_and_ends_with_the_single_pictures(draw, sounds, tmp_path):
@@ -202,19 +215,19 @@ def test_interpolation_begins_and_ends_with_the_single_pictures(draw, sounds, tm
 
 def test_slerp_keeps_unit_length_and_equal_angles():
     first, second = units(2, 1, 512)
-    way = generate.slerp(first, second, 5)
+    way = slerp(first, second, 5)
     assert torch.equal(way[:1], first) and torch.allclose(way[-1:], second, atol=1e-6)
     assert torch.allclose(way.norm(dim=1), torch.ones(5), atol=1e-5)
     steps = (way[:-1] * way[1:]).sum(1).arccos()
     assert torch.allclose(steps, steps.mean().expand(4), atol=1e-4)
-    assert torch.equal(generate.slerp(first, first, 3), first.expand(3, -1))
+    assert torch.equal(slerp(first, first, 3), first.expand(3, -1))
 
 
 def test_storyboard_windows_begin_every_s_seconds_and_the_last_one_ends_the_file(draw, sounds, tmp_path):
-    assert generate.window_starts(11, 4, 2) == [0, 2, 4, 6, 7]
-    assert generate.window_starts(8, 4, 2) == [0, 2, 4]
-    assert generate.window_starts(3, 4, 2) == generate.window_starts(4, 4, 2) == [0]
-    assert generate.window_starts(4.3, 4, 0.1) == pytest.approx([0, 0.1, 0.2, 0.3])
+    assert window_starts(11, 4, 2) == [0, 2, 4, 6, 7]
+    assert window_starts(8, 4, 2) == [0, 2, 4]
+    assert window_starts(3, 4, 2) == window_starts(4, 4, 2) == [0]
+    assert window_starts(4.3, 4, 0.1) == pytest.approx([0, 0.1, 0.2, 0.3])
     sheet = draw(sounds["long"], "--every", 3, "--seed", 2)
     facts = [settings(tmp_path / f"out-{i}.png") for i in range(1, 5)]
     assert [fact["start_s"] for fact in facts] == [0, 3, 6, 7] and {fact["seed"] for fact in facts} == {2}
@@ -229,15 +242,16 @@ def test_storyboard_windows_begin_every_s_seconds_and_the_last_one_ends_the_file
 
 def test_a_sheet_wraps_into_rows():
     images = [Image.new("RGB", (10, 10), (i, 0, 0)) for i in range(5)]
-    sheet = np.asarray(generate.tile(images, list("abcde"), columns=2))
+    sheet = np.asarray(tile(images, list("abcde"), columns=2))
     assert sheet.shape == (3 * 34 - 4, 2 * 14 - 4, 3)
     assert [sheet[i // 2 * 34, i % 2 * 14, 0] for i in range(5)] == [0, 1, 2, 3, 4]
 
 
-# --- guidance, gate, picture to begin with --------------------------------------------------------------------------
+# --- guidance, gate, picture to begin with ------------------------------------------------------------------
 
 def test_a_negative_sound_stands_in_the_unconditional_half(draw, sounds, adapter):
-    siren, rain = (encoder()([soundfile.read(sounds[name], dtype="float32")[0]])[None] for name in ("siren", "rain"))
+    siren, rain = (encoder()([soundfile.read(sounds[name], dtype="float32")[0]])[None]
+                   for name in ("siren", "rain"))
     by_hand = stock_pipe(adapter)("", ip_adapter_image_embeds=[torch.cat([rain, siren])], guidance_scale=3.0,
                                   num_inference_steps=3, height=64, width=64,
                                   generator=torch.Generator().manual_seed(0)).images[0]
@@ -271,8 +285,9 @@ def test_two_guidances_combine_three_predictions_of_the_unet(adapter):
     for silence in (None, negative):
         null = torch.zeros_like(audio) if silence is None else silence
         no, alone, both = predict(no_text, null), predict(text, null), predict(text, audio)
-        with stock.listening(pipe.unet, audio, True, silence, (2.0, 7.0)):
-            pred = pipe.unet(torch.cat([latents] * 2), timestep, encoder_hidden_states=torch.cat([no_text, text]),
+        with listening(pipe.unet, audio, True, silence, (2.0, 7.0)):
+            pred = pipe.unet(torch.cat([latents] * 2), timestep,
+                             encoder_hidden_states=torch.cat([no_text, text]),
                              added_cond_kwargs=None, return_dict=False)[0]
         assert torch.equal(pred[:2], pred[2:])
         assert torch.allclose(pred[:2], no + 2 * (alone - no) + 7 * (both - alone), atol=1e-4)
@@ -294,18 +309,22 @@ def test_the_gate_is_the_strength_that_the_sound_has(draw, sounds, adapter, tmp_
 
 def test_a_picture_to_begin_with_goes_through_the_stock_pipeline(draw, sounds, adapter, tmp_path):
     from diffusers import StableDiffusionImg2ImgPipeline
-    blocks = np.random.default_rng(1).integers(140, 256, (8, 12, 3), dtype=np.uint8)  # bright: [0, 1] and [-1, 1] differ
+    # bright: [0, 1] and [-1, 1] differ
+    blocks = np.random.default_rng(1).integers(140, 256, (8, 12, 3), dtype=np.uint8)
     photo = Image.fromarray(blocks.repeat(8, 0).repeat(8, 1))  # 96 x 64
     photo.save(tmp_path / "photo.png")
-    pipe = StableDiffusionImg2ImgPipeline.from_pretrained(BASE, safety_checker=None, requires_safety_checker=False)
-    pipe.load_ip_adapter(str(adapter.parent), subfolder="", weight_name=adapter.name, image_encoder_folder=None)
+    pipe = StableDiffusionImg2ImgPipeline.from_pretrained(BASE, safety_checker=None,
+                                                          requires_safety_checker=False)
+    pipe.load_ip_adapter(str(adapter.parent), subfolder="", weight_name=adapter.name,
+                         image_encoder_folder=None)
     siren = encoder()([soundfile.read(sounds["siren"], dtype="float32")[0]])[None]
-    by_hand = pipe("", image=photo.crop((16, 0, 80, 64)), strength=0.7, num_inference_steps=3, guidance_scale=3.0,
-                   ip_adapter_image_embeds=[torch.cat([torch.zeros_like(siren), siren])],
+    by_hand = pipe("", image=photo.crop((16, 0, 80, 64)), strength=0.7, num_inference_steps=3,
+                   guidance_scale=3.0, ip_adapter_image_embeds=[torch.cat([torch.zeros_like(siren), siren])],
                    generator=torch.Generator().manual_seed(0)).images[0]
     picture = draw(sounds["siren"], "--init-image", tmp_path / "photo.png", "--strength", 0.7)
     assert apart(picture, np.asarray(by_hand).astype(int)) <= 1
-    assert apart(picture, draw(sounds["siren"], "--init-image", tmp_path / "photo.png", "--strength", 0.4)) > 20
+    assert apart(picture,
+                 draw(sounds["siren"], "--init-image", tmp_path / "photo.png", "--strength", 0.4)) > 20
     draw(sounds["siren"], sounds["rain"], "--each", "--init-image", tmp_path / "photo.png", "--strength", 0.7)
     assert apart(read(tmp_path / "out-1.png"), picture) <= 1
     assert draw(sounds["siren"], "--init-image", tmp_path / "photo.png", "--size", 32).shape == (32, 32, 3)
@@ -318,23 +337,28 @@ def test_contradictions_are_refused_in_one_sentence_before_torch_loads(sounds, a
     (tmp_path / "broken.wav").write_text("no sound")
     cases = [
         ([a, b, "--weights", 1], "got 1 for 2 --audio files"), ([a, b, "--weights", 0, 0], "all are 0"),
-        ([a, b, "--weights", 1, -1], "at least 0"), ([a, b, "--weights", 1, 1, "--each"], "leave it or --each out"),
-        ([a, b, "--each", "--interpolate", 3], "not allowed with"), ([a, "--interpolate", 3], "give exactly two"),
+        ([a, b, "--weights", 1, -1], "at least 0"),
+        ([a, b, "--weights", 1, 1, "--each"], "leave it or --each out"),
+        ([a, b, "--each", "--interpolate", 3], "not allowed with"),
+        ([a, "--interpolate", 3], "give exactly two"),
         ([a, b, "--interpolate", 1], "from 2 to"), ([a, b, "--every", 2], "got 2 --audio files"),
         ([sounds["long"], "--every", 0.02], "more than 400 pictures"),
         ([a, "--guidance-text", 3], "give both or neither"),
         ([a, "--guidance-text", 3, "--guidance-audio", 3, "--guidance", 5], "leave it or those two out"),
         ([a, "--negative-audio", b, "--guidance", 1], "raise it above 1"),
-        ([a, "--gate", 0.2, "--audio-scale", 1], "not allowed with"), ([a, "--strength", 0.5], "--init-image"),
+        ([a, "--gate", 0.2, "--audio-scale", 1], "not allowed with"),
+        ([a, "--strength", 0.5], "--init-image"),
         ([a, "--init-image", photo, "--strength", 0.1, "--steps", 5], "leaves no step"),
-        ([a, "--init-image", a], "not a picture"), ([a, b, "--interpolate", 3, "--attention-map"], "--attention-map"),
+        ([a, "--init-image", a], "not a picture"),
+        ([a, b, "--interpolate", 3, "--attention-map"], "--attention-map"),
         ([a, "--every", 2, "--attention-map"], "--attention-map"),
         ([tmp_path / "broken.wav"], "broken.wav: not a sound"),
-        ([a, "--negative-audio", tmp_path / "no.wav"], "--negative-audio"), ([a, "--out", "out.jpg"], "ends in .png"),
+        ([a, "--negative-audio", tmp_path / "no.wav"], "--negative-audio"),
+        ([a, "--out", "out.jpg"], "ends in .png"),
     ]
     code = """if True:
         import json, sys, generate
-        from config import UserError
+        from clap2diffusion.base.exits import UserError
         for args, words in json.loads(sys.argv[1]):
             try:
                 generate.main([*args, "--run", sys.argv[2]])
@@ -349,17 +373,19 @@ def test_contradictions_are_refused_in_one_sentence_before_torch_loads(sounds, a
     assert done.stdout == "False\n", done.stdout
 
 
-# --- attention maps -------------------------------------------------------------------------------------------------
+# --- attention maps -----------------------------------------------------------------------------------------
 
 def test_attention_maps_lie_beside_the_same_picture(draw, sounds, adapter, tmp_path):
-    command = [sounds["siren"], sounds["engine"], "--guidance-text", 3, "--guidance-audio", 5, "--prompt", "rain"]
+    command = [sounds["siren"], sounds["engine"], "--guidance-text", 3, "--guidance-audio", 5, "--prompt",
+               "rain"]
     plain = draw(*command)
-    done = ok(script("generate.py", "--run", adapter, "--steps", 3, "--out", tmp_path / "map.png", "--attention-map",
-                     "--audio", *command))
+    done = ok(script("generate.py", "--run", adapter, "--steps", 3, "--out", tmp_path / "map.png",
+                     "--attention-map", "--audio", *command))
     assert apart(read(tmp_path / "map.png"), plain) == 0 and "map-attention.png" in done.stdout
     maps = np.load(tmp_path / "map-attention.npz")
-    assert {name: maps[name].shape for name in maps} == {"total": (8, 16, 16), "all": (16, 16), "res_8x8": (8, 8, 8),
-                                                         "res_4x4": (8, 4, 4), "all_8x8": (8, 8), "all_4x4": (4, 4)}
+    assert {name: maps[name].shape
+            for name in maps} == {"total": (8, 16, 16), "all": (16, 16), "res_8x8": (8, 8, 8),
+                                  "res_4x4": (8, 4, 4), "all_8x8": (8, 8), "all_4x4": (4, 4)}
     assert all(maps[name].dtype == np.float32 and np.isfinite(maps[name]).all() for name in maps)
     for name in ("total", "res_8x8", "res_4x4"):
         assert np.allclose(maps[name].sum(0), 1, atol=1e-4)  # one softmax over the tokens
@@ -376,9 +402,9 @@ def layer(adapter: Path):
 
 
 @torch.inference_mode()
-def watched(adapter: Path, hidden_states: torch.Tensor, audio_embeds: torch.Tensor) -> attention.Recorder:
+def watched(adapter: Path, hidden_states: torch.Tensor, audio_embeds: torch.Tensor) -> Recorder:
     unet, attn = layer(adapter)
-    recorder = attention.Recorder(unet, audio_embeds)
+    recorder = Recorder(unet, audio_embeds)
     recorder.calls = 1
     recorder.watch("a", attn, hidden_states, unet.encoder_hid_proj([audio_embeds[:, None]])[0][:, 0])
     return recorder
@@ -410,15 +436,15 @@ def test_the_map_is_what_the_sound_adds_to_a_layers_output_in_the_conditional_ro
                for x in (everything, torch.zeros_like(everything))]
     added = outputs[0] - outputs[1]
     expected = (added - added.mean(1, keepdim=True)).norm(dim=-1).view(2, 8, 8)
-    recorder = attention.Recorder(unet, embeds)
+    recorder = Recorder(unet, embeds)
     recorder.watch("a", attn, features, unet.encoder_hid_proj([everything[:, None]])[0][:, 0])
     assert torch.allclose(recorder.action["a"], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_silence_acts_nowhere(adapter):
     pipe = stock_pipe(adapter)
-    with attention.record(pipe.unet, torch.zeros(1, 512)) as recorder:
-        stock.pictures(pipe, torch.zeros(1, 512), [""], 5.0, 2, [0], size=64)
+    with record(pipe.unet, torch.zeros(1, 512)) as recorder:
+        pipelines.pictures(pipe, torch.zeros(1, 512), [""], 5.0, 2, [0], size=64)
     assert recorder.calls == 2 and not recorder.maps(16)[0]["all"].any()
     assert not any(module._forward_hooks for module in pipe.unet.modules())
 
@@ -432,8 +458,8 @@ def test_the_map_stands_where_the_drawn_object_stands(tmp_path):
         pytest.skip(f"{run} holds no adapter.safetensors: run bash run_all_stages.sh first")
     rows = [json.loads(line) for line in (world / "metadata.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row["split"] == "test" and "+" not in row["label"]][:48]
-    ok(script("generate.py", "--run", run, "--steps", 12, "--each", "--attention-map", "--out", tmp_path / "o.png",
-              "--audio", *(world / row["audio_file_name"] for row in rows)))
+    ok(script("generate.py", "--run", run, "--steps", 12, "--each", "--attention-map", "--out",
+              tmp_path / "o.png", "--audio", *(world / row["audio_file_name"] for row in rows)))
     masks = [object_mask(read(tmp_path / f"o-{i + 1}.png")) for i in range(len(rows))]  # (16, 16) bool
     maps = [np.load(tmp_path / f"o-{i + 1}-attention.npz")["all"] for i in range(len(rows))]
 
@@ -446,7 +472,8 @@ def test_the_map_stands_where_the_drawn_object_stands(tmp_path):
         ranks, n = rankdata(heat.ravel())[mask.ravel()], int(mask.sum())
         return float((ranks.sum() - n * (n + 1) / 2) / max(n * (mask.size - n), 1))
 
-    drawn, heard = [row_of(mask) for mask in masks], [row_of(np.clip(heat - np.median(heat), 0, None)) for heat in maps]
+    drawn = [row_of(mask) for mask in masks]
+    heard = [row_of(np.clip(heat - np.median(heat), 0, None)) for heat in maps]
     order = np.random.default_rng(0).permutation(len(rows))
     rho, shuffled = spearmanr(drawn, heard)[0], spearmanr(drawn, [heard[i] for i in order])[0]
     inside = np.mean([auc(heat, mask) for heat, mask in zip(maps, masks, strict=True)])
@@ -457,7 +484,7 @@ def test_the_map_stands_where_the_drawn_object_stands(tmp_path):
 
 
 def object_mask(picture: np.ndarray) -> np.ndarray:
-    """Where a picture (64, 64, 3) differs from what stands at its left and right edge, above the ground: (16, 16)."""
+    """Where a picture (64, 64, 3), above its ground, differs from its left and right edge: (16, 16)."""
     edge = np.median(np.concatenate([picture[:, :4], picture[:, -4:]], axis=1), axis=1, keepdims=True)
     different = abs(picture - edge).sum(2) > 90
     different[56:] = False

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
+import importlib
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 from conftest import BASE, CLAP
-from diffusers import DDPMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    DDPMScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 
 import common
-import runs
-import stock
+from clap2diffusion.base.exits import RunFailed, UserError
+from clap2diffusion.dataset.encoders import CLAPAudioEncoder
+from clap2diffusion.pictures import export
+from clap2diffusion.pictures.export import check_export, write_adapter
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +37,8 @@ def inputs(unet, batch: int = 2) -> dict[str, torch.Tensor]:
     return {"noisy_latents": torch.randn(batch, channels, size, size, generator=generator),
             "timesteps": torch.tensor([700, 30][:batch]),
             "text_tokens": torch.randn(batch, 7, width, generator=generator),
-            "audio_embeds": torch.nn.functional.normalize(torch.randn(batch, 512, generator=generator), dim=-1)}
+            "audio_embeds": torch.nn.functional.normalize(torch.randn(batch, 512, generator=generator),
+                                                          dim=-1)}
 
 
 def adapter(unet, strength: float, num_tokens: int = 8):
@@ -62,7 +73,8 @@ def test_gate_has_a_gradient_at_zero(unet):
     batch = inputs(unet)
     ours, audio_proj, audio_attn = adapter(unet, 0.0)
     tokens = audio_proj(batch["audio_embeds"])
-    ours(batch["noisy_latents"], batch["timesteps"], (batch["text_tokens"], tokens)).sample.square().mean().backward()
+    ours(batch["noisy_latents"], batch["timesteps"],
+         (batch["text_tokens"], tokens)).sample.square().mean().backward()
     assert audio_attn.gate.grad.abs() > 0
 
 
@@ -121,9 +133,9 @@ def test_export_equals_our_forward_in_stock_pipelines(unet, tmp_path, pipeline, 
             p.data += 0.02 * torch.randn_like(p)
     weights = {"audio_proj": audio_proj, "audio_attn": audio_attn}
     path = tmp_path / "adapter.safetensors"
-    header = {"stage": "stage2", "step": 1, "base_model": "", "clap_model": "", "fingerprints": {}, "dims": {},
-              "settings": {"image_size": 64}}
-    stock.write_adapter(path, weights, ours, header)
+    header = {"stage": "stage2", "step": 1, "base_model": "", "clap_model": "", "fingerprints": {},
+              "dims": {}, "settings": {"image_size": 64}}
+    write_adapter(path, weights, ours, header)
     pipe = pipeline.from_pretrained(BASE, safety_checker=None, requires_safety_checker=False)
     pipe.load_ip_adapter(str(tmp_path), subfolder="", weight_name=path.name, image_encoder_folder=None)
 
@@ -145,38 +157,39 @@ def test_check_export_fails_on_a_broken_file(unet, tmp_path, monkeypatch, broken
     for name, p in ours.named_parameters():
         if ".lora_" in name:
             p.data += 0.05 * torch.randn_like(p)
-    path, layout = tmp_path / "adapter.safetensors", stock.stock_layout
-    header = {"stage": "stage2", "step": 1, "base_model": "", "clap_model": "", "fingerprints": {}, "dims": {},
-              "settings": {"image_size": 64}}
+    path, layout = tmp_path / "adapter.safetensors", export.stock_layout
+    header = {"stage": "stage2", "step": 1, "base_model": "", "clap_model": "", "fingerprints": {},
+              "dims": {}, "settings": {"image_size": 64}}
     weights = {"audio_proj": audio_proj, "audio_attn": audio_attn}
-    stock.write_adapter(path, weights, ours, header)
-    assert stock.check_export(path, BASE, audio_proj, audio_attn, ours, inputs(unet)) < 1e-4
-    monkeypatch.setattr(stock, "stock_layout", lambda *a: {
+    write_adapter(path, weights, ours, header)
+    assert check_export(path, BASE, audio_proj, audio_attn, ours, inputs(unet)) < 1e-4
+    monkeypatch.setattr(export, "stock_layout", lambda *a: {
         key: value * (1.5 if broken in key else 1) for key, value in layout(*a).items()})
-    stock.write_adapter(path, weights, ours, header)
-    with pytest.raises(runs.RunFailed, match="differs from ours"):
-        stock.check_export(path, BASE, audio_proj, audio_attn, ours, inputs(unet))
+    write_adapter(path, weights, ours, header)
+    with pytest.raises(RunFailed, match="differs from ours"):
+        check_export(path, BASE, audio_proj, audio_attn, ours, inputs(unet))
 
 
 def test_export_with_a_unet_held_in_bf16_is_compared_with_the_base_in_float32(unet, tmp_path):
     ours, audio_proj, audio_attn = adapter(unet, 0.4)
     ours = ours.to(torch.bfloat16)
     path = tmp_path / "adapter.safetensors"
-    header = {"stage": "stage1", "step": 1, "base_model": "", "clap_model": "", "fingerprints": {}, "dims": {},
-              "settings": {"image_size": 64}}
-    stock.write_adapter(path, {"audio_proj": audio_proj, "audio_attn": audio_attn}, ours, header)
-    assert stock.check_export(path, BASE, audio_proj, audio_attn, ours, inputs(unet)) < 1e-4
+    header = {"stage": "stage1", "step": 1, "base_model": "", "clap_model": "", "fingerprints": {},
+              "dims": {}, "settings": {"image_size": 64}}
+    write_adapter(path, {"audio_proj": audio_proj, "audio_attn": audio_attn}, ours, header)
+    assert check_export(path, BASE, audio_proj, audio_attn, ours, inputs(unet)) < 1e-4
 
 
 def test_clap_embeddings_are_unit_length_repeatable_and_equal_transformers_own():
     from transformers import ClapFeatureExtractor, ClapModel
-    encoder = common.CLAPAudioEncoder(CLAP)
+    encoder = CLAPAudioEncoder(CLAP)
     n = encoder.extractor.nb_max_samples
     waves = [np.sin(np.arange(n // k) * 0.05 * k).astype(np.float32) for k in (1, 3)]
     embeds = encoder(waves)
     model, extractor = ClapModel.from_pretrained(CLAP).eval(), ClapFeatureExtractor.from_pretrained(CLAP)
     with torch.inference_mode():
-        features = extractor(waves, sampling_rate=encoder.sampling_rate, return_tensors="pt")["input_features"]
+        features = extractor(waves, sampling_rate=encoder.sampling_rate,
+                             return_tensors="pt")["input_features"]
         expected = torch.nn.functional.normalize(model.get_audio_features(features).pooler_output, dim=-1)
     torch.testing.assert_close(embeds, expected, atol=1e-5, rtol=1e-4)
     assert torch.equal(encoder(waves), embeds) and torch.allclose(embeds.norm(dim=-1), torch.ones(2))
@@ -236,7 +249,7 @@ def test_other_is_never_the_same_recording_and_shares_no_label_if_it_can_be():
         others = common.other_sounds(labels, embeds, seed)
         assert others[0] in (2, 4) and others[1] == 2 and others[2] in (0, 1, 3, 4) and others[3] in (2, 4)
     assert common.other_sounds(["x", "x", "x"], embeds[[0, 3, 2]], 0)[:2] == [2, 2]
-    with pytest.raises(common.UserError, match="one recording only"):
+    with pytest.raises(UserError, match="one recording only"):
         common.other_sounds(["x", "y"], embeds[[0, 3]], 0)
 
 
@@ -257,7 +270,8 @@ def test_whitening_makes_faint_directions_as_loud_as_strong_ones():
     assert variances.numpy() == pytest.approx((expected * 16 / expected.sum()).numpy(), rel=0.1, abs=1e-5)
     hidden = proj.proj[0](x).detach() / proj.NEAR_LINEAR
     assert not proj.proj[0].weight.requires_grad and not proj.proj[0].bias.requires_grad
-    assert abs(hidden.mean(0)).max() < 0.3 and hidden.std() == pytest.approx(3 ** -0.5, rel=0.2)  # as torch's own start
+    # as torch's own start
+    assert abs(hidden.mean(0)).max() < 0.3 and hidden.std() == pytest.approx(3 ** -0.5, rel=0.2)
 
 
 def test_timesteps_are_even_but_for_the_share_asked_for():
@@ -265,8 +279,10 @@ def test_timesteps_are_even_but_for_the_share_asked_for():
     draws = common.Draws(0)
     even = common.draw_timesteps(DDPMScheduler(), 20000, 0.0, draws)
     half = common.draw_timesteps(DDPMScheduler(), 20000, 0.5, draws)
-    assert even.min() == 0 and even.max() == 999 and (even >= 800).float().mean() == pytest.approx(0.2, abs=0.01)
-    assert half.min() == 0 and half.max() == 999 and (half >= 800).float().mean() == pytest.approx(0.6, abs=0.01)
+    assert even.min() == 0 and even.max() == 999
+    assert (even >= 800).float().mean() == pytest.approx(0.2, abs=0.01)
+    assert half.min() == 0 and half.max() == 999
+    assert (half >= 800).float().mean() == pytest.approx(0.6, abs=0.01)
 
 
 @pytest.mark.parametrize("prediction", ("epsilon", "v_prediction"))
@@ -294,5 +310,31 @@ def test_three_steps_that_are_not_finite_end_the_run():
     assert check(0, one, one) and not check(1, nan, one) and check(2, one, torch.tensor(200.0))
     assert "samples sound of step 1" in Log.lines[0] and "200" in Log.lines[1]
     assert not check(3, one, nan) and not check(4, one, nan)
-    with pytest.raises(runs.RunFailed, match="steps 3 to 5"):
+    with pytest.raises(RunFailed, match="steps 3 to 5"):
         check(5, one, torch.tensor(float("inf")))
+
+
+@pytest.mark.parametrize("name",
+                         ["train_stage1.adapter_loss", "train_stage2.adapter_loss", "train_stage3.gate_loss"])
+def test_a_stages_loss_is_the_error_of_the_predicted_noise(name):
+    """Called as a benchmark would: the model is a function, and every other caption and sound is dropped."""
+    module, function = name.split(".")
+    generator, seen = torch.Generator().manual_seed(0), {}
+    scheduler = DDPMScheduler()
+    batch = {"latents_mean": torch.randn(6, 1, 4, 8, 8, generator=generator),
+             "latents_std": torch.zeros(6, 1, 4, 8, 8), "text_embeds": torch.ones(6, 7, 16),
+             "audio_embeds": torch.ones(6, 1, 10)}
+
+    def model(noisy_latents, timesteps, text_tokens, audio_embeds):
+        seen.update(noisy=noisy_latents, timesteps=timesteps, text=text_tokens, audio=audio_embeds)
+        return torch.full_like(noisy_latents, 0.5)
+    cfg = argparse.Namespace(high_noise_share=0.0, min_snr_gamma=0.0, caption_drop=0.5, audio_drop=0.0,
+                             both_drop=0.5)
+    loss = getattr(importlib.import_module(module), function)
+    found = loss(batch, common.Draws(0), model, scheduler, torch.zeros(7, 16), cfg, torch.device("cpu"),
+                 nullcontext)
+    alphas = scheduler.alphas_cumprod[seen["timesteps"]].double().view(6, 1, 1, 1)
+    noise = (seen["noisy"] - alphas.sqrt() * batch["latents_mean"][:, 0]) / (1 - alphas).sqrt()
+    assert abs(noise.mean()) < 0.1 and noise.std().item() == pytest.approx(1, abs=0.1)
+    assert found.item() == pytest.approx(((noise - 0.5) ** 2).mean().item(), rel=1e-3)
+    assert not seen["text"].any() and 0 < seen["audio"].mean() < 1

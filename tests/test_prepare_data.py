@@ -18,14 +18,15 @@ from conftest import ENV, ROOT, ok, script
 from PIL import Image
 from scipy.stats import spearmanr
 
-import prepare_data
-import sound_world
+from clap2diffusion.world import sound_world
+from clap2diffusion.world.making import plan_labels
 
 STAMPS = Path("/usr/share/tuxpaint/stamps")
 
 
 def digest(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*.*"))}
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+            for p in sorted(folder.rglob("*.*"))}
 
 
 def rows_of(folder: Path) -> list[dict]:
@@ -50,7 +51,8 @@ def test_the_same_seed_gives_the_same_bytes_whoever_draws_them(tmp_path):
 
 
 def test_a_killed_world_goes_on_to_the_same_bytes(tmp_path):
-    command = [sys.executable, str(ROOT / "prepare_data.py"), "world", "--train", "60", "--val", "1", "--test", "1", "--out"]
+    command = [sys.executable, str(ROOT / "prepare_data.py"), "world", "--train", "60", "--val", "1",
+               "--test", "1", "--out"]
     process = subprocess.Popen([*command, str(tmp_path / "a")], env=ENV, stderr=subprocess.DEVNULL)
     while process.poll() is None and len(list((tmp_path / "a").glob("audio/*.wav"))) < 5:
         time.sleep(0.01)
@@ -65,16 +67,18 @@ def test_one_in_five_holds_two_sounds_in_train_every_other_and_nine_pairs_are_ne
     assert len(sound_world.UNHEARD_PAIRS) == len({frozenset(p) for p in sound_world.UNHEARD_PAIRS}) == 9
     unheard = {frozenset(pair) for pair in sound_world.UNHEARD_PAIRS}
     for split, n in (("train", 4800), ("val", 100), ("test", 300)):
-        plan = prepare_data.plan_labels(split, n)
+        plan = plan_labels(split, n)
         pairs = [frozenset(labels) for labels in plan if len(labels) == 2]
         singles = [labels[0] for labels in plan if len(labels) == 1]
         assert len(plan) == n and len(pairs) == (n // 2 if split == "train" else n // 5)
-        first = [labels for labels in plan if len(labels) == 2 and labels[0] == min(labels, key=sound_world.CLASSES.index)]
+        first = [labels for labels in plan if len(labels) == 2
+                 and labels[0] == min(labels, key=sound_world.CLASSES.index)]
         assert abs(2 * len(first) - len(pairs)) <= 2  # no class is on one side more often than it must
-        assert max(map(singles.count, sound_world.CLASSES)) - min(map(singles.count, sound_world.CLASSES)) <= 1
+        counts = [singles.count(name) for name in sound_world.CLASSES]
+        assert max(counts) - min(counts) <= 1
         assert set(pairs) & unheard == (unheard if split == "test" else set())
     heard = {frozenset(pair) for pair in combinations(sound_world.CLASSES, 2)} - unheard
-    assert {frozenset(labels) for labels in prepare_data.plan_labels("train", 800) if len(labels) == 2} == heard
+    assert {frozenset(labels) for labels in plan_labels("train", 800) if len(labels) == 2} == heard
 
 
 def test_of_two_sounds_the_low_one_stands_left_and_the_high_one_right(tmp_path):
@@ -104,7 +108,7 @@ def object_mask(state: sound_world.State) -> np.ndarray:
 
 @pytest.mark.parametrize("label", sound_world.CLASSES)
 def test_each_property_runs_through_sound_and_picture(label):
-    """Spearman's rho of 1 or nearly between a property and a plain measure of each side, one property at a time."""
+    """Spearman's rho of a property and a plain measure of each side is nearly 1, one at a time."""
     def level(waveform):
         return np.sqrt(np.mean(waveform ** 2))
 
@@ -122,7 +126,8 @@ def test_each_property_runs_through_sound_and_picture(label):
     assert spearmanr(values, [centroid(sound_world.synthesise(s)) for s in pairs])[0] > 0.9
     assert spearmanr(values, [-np.nonzero(object_mask(s))[0].mean() for s in pairs])[0] > 0.95
     values, pairs = zip(*states(label, "density"), strict=True)
-    assert spearmanr(values, [-np.asarray(sound_world.draw_scene(s)).astype(int)[:3].sum() for s in pairs])[0] > 0.95
+    assert spearmanr(values,
+                     [-np.asarray(sound_world.draw_scene(s)).astype(int)[:3].sum() for s in pairs])[0] > 0.95
     quiet = [sound_world.State((), s.density, s.seed) for s in pairs]
     assert spearmanr(values, [floor(sound_world.synthesise(s)) for s in quiet])[0] > 0.95
     counts = [s.sources[0].count for _, s in states(label, "rate")]
@@ -138,7 +143,7 @@ def test_tuxpaint_without_the_package_names_the_apt_line(tmp_path):
 
 
 def test_tuxpaint_reads_stamps_as_the_package_lays_them_out(tmp_path):
-    """A folder made like the package's: PNG with alpha, SVG, speech that is left out, two stamps with one sound."""
+    """A folder like the package's: PNG with alpha, SVG, speech (left out), two stamps with one sound."""
     stamps = tmp_path / "stamps/animals"
     (stamps / "symbols").mkdir(parents=True)
     tone = (0.1 * np.sin(np.arange(8000) * 0.3)).astype(np.float32)
@@ -152,12 +157,14 @@ def test_tuxpaint_reads_stamps_as_the_package_lays_them_out(tmp_path):
         Image.new("RGBA", (40, 30), (255, 0, 0, 0)).save(stamps / f"{name}.png")
     (stamps / "bird.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg" width="10" height="10">'
                                      '<rect x="0" y="0" width="5" height="10" fill="#0000ff"/></svg>')
-    ok(script("prepare_data.py", "tuxpaint", "--out", tmp_path / "out", "--stamps", tmp_path / "stamps", "--size", 32))
+    ok(script("prepare_data.py", "tuxpaint", "--out", tmp_path / "out", "--stamps", tmp_path / "stamps",
+              "--size", 32))
     rows = {row["label"]: row for row in rows_of(tmp_path / "out")}
     assert set(rows) == {"cat", "kitten", "bird"} and rows["cat"]["text"] == "A cat."
     assert rows["cat"]["split"] == rows["kitten"]["split"]  # one sound, one split
     bird = Image.open(tmp_path / "out" / rows["bird"]["image_file_name"])
-    assert bird.size == (32, 32) and bird.getpixel((4, 16)) == (0, 0, 255, 255) and bird.getpixel((28, 16))[3] == 0
+    assert bird.size == (32, 32) and bird.getpixel((4, 16)) == (0, 0, 255, 255)
+    assert bird.getpixel((28, 16))[3] == 0
 
 
 @pytest.mark.skipif(not STAMPS.exists(), reason="Debian's tuxpaint-stamps-default is not installed")

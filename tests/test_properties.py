@@ -1,4 +1,4 @@
-"""Properties that hold for any input: the readers of manifests, configs, checkpoints, sounds and pictures, and the sampler."""
+"""What holds for any input: readers of manifests, configs, checkpoints, sounds, pictures; the sampler."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-import fuzz
 import numpy as np
 import pytest
 import soundfile as sf
@@ -17,15 +16,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import data
-import features
 import train_stage1
-from config import Number, UserError, parse_config
+from clap2diffusion.base.exits import UserError
+from clap2diffusion.base.settings import Number, parse_config
+from clap2diffusion.dataset.decoding import BadFile, decode_audio, load_image
+from clap2diffusion.dataset.loading import StepSampler
+from clap2diffusion.dataset.manifest import read_manifest
+from tools import fuzz
 
-settings.register_profile("suite", max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+settings.register_profile("suite", max_examples=150, deadline=None, derandomize=True,
+                          suppress_health_check=list(HealthCheck))
 settings.load_profile("suite")
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3), max_leaves=8)
+                    lambda inner: (st.lists(inner, max_size=3)
+                                   | st.dictionaries(st.text(max_size=6), inner, max_size=3)), max_leaves=8)
 
 
 @pytest.fixture(scope="module")
@@ -45,29 +49,35 @@ def test_what_the_fuzzer_found_stays_mended(target, place):
 
 @pytest.mark.parametrize("target", list(fuzz.TARGETS))
 def test_any_bytes_are_read_or_refused(target, place):
-    given(st.binary(max_size=300) | st.text(max_size=200).map(str.encode))(lambda content: fuzz.TARGETS[target](content, place))()
+    given(st.binary(max_size=300)
+          | st.text(max_size=200).map(str.encode))(lambda content: fuzz.TARGETS[target](content, place))()
 
 
-NAMES = st.sampled_from(["audio/0.wav", "audio/../0.wav", "../0.wav", "/etc/passwd", "", ".", "..", "audio", "a\0b", "é", "e\u0301", "audio//0.wav", "./audio/./0.wav"])
-ROW = st.fixed_dictionaries({}, optional={"image_file_name": NAMES | JSON, "audio_file_name": NAMES | JSON, "text": st.text(max_size=5) | JSON,
-                                          "label": st.text(max_size=3) | JSON, "split": st.sampled_from(["train", "val", "test", "dev"]) | JSON,
+NAMES = st.sampled_from(["audio/0.wav", "audio/../0.wav", "../0.wav", "/etc/passwd", "", ".", "..", "audio",
+                         "a\0b", "é", "e\u0301", "audio//0.wav", "./audio/./0.wav"])
+ROW = st.fixed_dictionaries({}, optional={"image_file_name": NAMES | JSON, "audio_file_name": NAMES | JSON,
+                                          "text": st.text(max_size=5) | JSON,
+                                          "label": st.text(max_size=3) | JSON,
+                                          "split": st.sampled_from(["train", "val", "test", "dev"]) | JSON,
                                           "properties": JSON})
 
 
 def test_any_rows_are_read_or_listed_as_bad(place):
-    @given(st.lists(ROW | JSON, min_size=1, max_size=6), st.sampled_from(["\n", "\r\n", "\n\n"]), st.booleans())
+    @given(st.lists(ROW | JSON, min_size=1, max_size=6), st.sampled_from(["\n", "\r\n", "\n\n"]),
+           st.booleans())
     def check(rows, newline, ascii_only):
-        content = newline.join(json.dumps(row, ensure_ascii=ascii_only) for row in rows).encode("utf-8", "surrogatepass")
+        content = newline.join(json.dumps(row, ensure_ascii=ascii_only)
+                               for row in rows).encode("utf-8", "surrogatepass")
         fuzz.manifest(content, place)
         (place / "train_metadata.json").unlink(missing_ok=True)
         (place / "metadata.jsonl").write_bytes(content)
-        good, bad = data.read_manifest(place)
+        good, bad = read_manifest(place)
         assert len(good) + len(bad) == len(rows)  # none is lost, none is counted twice
     check()
 
 
 def test_default_then_json_then_flag(place):
-    """Whatever is given where: the flag wins over the config, that over the default, and where a value came from is told."""
+    """A flag wins over the config, the config over the default; the origin of each value is told."""
     parser = train_stage1.build_parser()
     numbers = {a.dest: a for a in parser._actions if isinstance(a.type, Number) and a.nargs is None}
 
@@ -83,12 +93,15 @@ def test_default_then_json_then_flag(place):
     @given(values, values, values)
     def check(common, stage, flags):
         (place / "c.json").write_text(json.dumps({"common": common, "stage1": stage}))
-        given_flags = [token for key, value in flags.items() for token in (f"--{key.replace('_', '-')}={value}",)]
-        found = parse_config(train_stage1.build_parser(), "stage1", ["--config", str(place / "c.json"), *given_flags])
+        given_flags = [token for key, value in flags.items()
+                       for token in (f"--{key.replace('_', '-')}={value}",)]
+        found = parse_config(train_stage1.build_parser(), "stage1",
+                             ["--config", str(place / "c.json"), *given_flags])
         for key, action in numbers.items():
             expected = flags.get(key, stage.get(key, common.get(key, action.default)))
             assert getattr(found, key) == expected
-            origin = "flag" if key in flags else "[stage1]" if key in stage else "[common]" if key in common else ""
+            places = (("flag", flags), ("[stage1]", stage), ("[common]", common), ("", numbers))
+            origin = next(name for name, settings in places if key in settings)
             assert found.origin.get(key, "").endswith(origin) and bool(origin) == (key in found.origin)
     check()
 
@@ -96,7 +109,8 @@ def test_default_then_json_then_flag(place):
 def test_any_config_is_accepted_or_refused(place):
     keys = [a.dest for a in train_stage1.build_parser()._actions if a.option_strings]
     section = st.dictionaries(st.sampled_from(keys) | st.text(max_size=5), JSON, max_size=4)
-    given(st.fixed_dictionaries({}, optional={"common": section, "stage1": section, "stage2": JSON, "stage3": section, "data": JSON}))(
+    given(st.fixed_dictionaries({}, optional={"common": section, "stage1": section, "stage2": JSON,
+                                              "stage3": section, "data": JSON}))(
         lambda content: fuzz.config(json.dumps(content).encode(), place))()
 
 
@@ -104,17 +118,22 @@ HEADER = json.loads((fuzz.CORPUS / "checkpoint/header").read_text())
 
 
 def test_any_header_of_a_checkpoint_is_read_or_refused(place):
-    trees = st.recursive(st.fixed_dictionaries({"tensor": st.sampled_from(["audio_proj.a", "b", "none"])}) | st.fixed_dictionaries({"value": JSON}) | JSON,
-                         lambda inner: st.fixed_dictionaries({"items": st.lists(inner, max_size=3)})
-                         | st.fixed_dictionaries({"pairs": st.lists(st.tuples(st.text(max_size=4) | JSON, inner), max_size=3)}), max_leaves=6)
-    headers = st.fixed_dictionaries({}, optional={key: JSON for key in HEADER}).map(lambda some: HEADER | some)
+    def branches(inner):
+        pairs = st.tuples(st.text(max_size=4) | JSON, inner)
+        return (st.fixed_dictionaries({"items": st.lists(inner, max_size=3)})
+                | st.fixed_dictionaries({"pairs": st.lists(pairs, max_size=3)}))
+    tensors = st.fixed_dictionaries({"tensor": st.sampled_from(["audio_proj.a", "b", "none"])})
+    trees = st.recursive(tensors | st.fixed_dictionaries({"value": JSON}) | JSON, branches, max_leaves=6)
+    some = st.fixed_dictionaries({}, optional={key: JSON for key in HEADER})
+    headers = some.map(lambda some: HEADER | some)
     given(headers | trees.map(lambda tree: HEADER | {"objects": {"audio_proj": tree}}))(
         lambda header: fuzz.checkpoint(json.dumps(header).encode(), place))()
 
 
 def damaged(content: bytes):
     """Bytes of a file with some changed, cut or repeated."""
-    changes = st.lists(st.tuples(st.integers(0, len(content) - 1) | st.integers(0, 100), st.integers(0, 255)), max_size=5)
+    changes = st.lists(st.tuples(st.integers(0, len(content) - 1) | st.integers(0, 100), st.integers(0, 255)),
+                       max_size=5)
 
     def apply(edits, keep, more) -> bytes:
         found = bytearray(content)
@@ -133,41 +152,45 @@ def test_any_sound_gives_finite_samples_or_a_reason(suffix, place):
     def check(content):
         path.write_bytes(content)
         try:
-            clips, flags = data.decode_audio(path, 16000, 1.0, windows=2)
-        except data.BadFile as error:
+            clips, flags = decode_audio(path, 16000, 1.0, windows=2)
+        except BadFile as error:
             assert str(error)
             return
         assert len(clips) == 2 and len(flags) <= 1
         for clip in clips:
-            assert clip.dtype == np.float32 and 0 < len(clip) <= 16000 and np.isfinite(clip).all() and np.abs(clip).max() < 2
+            assert clip.dtype == np.float32 and 0 < len(clip) <= 16000 and np.isfinite(clip).all()
+            assert np.abs(clip).max() < 2
     check()
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"])
 def test_any_picture_gives_values_in_range_or_a_reason(kind, place):
     file = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(file, format=kind)
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, format=kind)
 
     @given(damaged(file.getvalue()))
     def check(content):
         (place / "picture").write_bytes(content)
         try:
-            pixels = data.load_image(place / "picture", 32)
-        except data.BadFile as error:
+            pixels = load_image(place / "picture", 32)
+        except BadFile as error:
             assert str(error)
             return
         assert pixels.shape == (3, 32, 32) and pixels.dtype == np.float32 and np.abs(pixels).max() <= 1
     check()
 
 
-@given(size=st.integers(1, 60), batch=st.integers(1, 12), seed=st.integers(0, 2 ** 31 - 1), world=st.integers(1, 4), start=st.integers(0, 40))
+@given(size=st.integers(1, 60), batch=st.integers(1, 12), seed=st.integers(0, 2 ** 31 - 1),
+       world=st.integers(1, 4), start=st.integers(0, 40))
 def test_each_epoch_shows_each_sample_once(size, batch, seed, world, start):
     """For any size, batch, seed, number of processes and step it goes on from."""
     stop = start + 3 * size // batch + 2
 
     def stream(first: int, processes: int) -> list[int]:
         """What all processes together see from micro-step `first` on."""
-        each = [list(features.StepSampler(size, batch * world // processes, seed, first, stop, (rank, processes))) for rank in range(processes)]
+        each = [list(StepSampler(size, batch * world // processes, seed, first, stop, (rank, processes)))
+                for rank in range(processes)]
         return [i for together in zip(*each) for one in together for i in one]
     whole = stream(0, world)
     assert whole == stream(0, 1)  # the order is that of one process
@@ -177,7 +200,7 @@ def test_each_epoch_shows_each_sample_once(size, batch, seed, world, start):
 
 
 def test_nothing_but_our_own_errors_is_meant(place):
-    """The checks above fail where a reader breaks: an error that is not ours, and a row outside the folder."""
+    """The checks above fail where a reader breaks, that is, where it raises an error that is not ours."""
     def broken(content: bytes, place: Path) -> None:
         raise KeyError("a reader that forgot a case")
     with pytest.raises(KeyError):

@@ -1,7 +1,8 @@
-"""Start the project's scripts from a process that has the libraries loaded already: importing them takes five seconds, a fork none.
+"""Start the project's scripts by a fork of a process that has loaded the libraries, which takes five seconds.
 
-The script runs as `python SCRIPT ...` runs it: read from its file, as __main__, in a process and session of its own, with the
-project's modules imported anew. Jobs come as JSON lines, answers are process numbers; the first answer says that all is loaded.
+The script runs as `python SCRIPT ...` runs it: it is read from its file as __main__, in a process and session
+of its own, and imports the project's modules anew. Jobs come as JSON lines, answers are process numbers. The
+first answer says that everything is loaded.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ def load() -> None:
     import soxr  # noqa: F401
     import torch.utils.tensorboard  # noqa: F401
     import transformers
-    _ = (diffusers.StableDiffusionPipeline, diffusers.AutoencoderKL, transformers.CLIPTextModel, transformers.CLIPTokenizer,
+    _ = (diffusers.StableDiffusionPipeline, diffusers.AutoencoderKL, transformers.CLIPTextModel,
+         transformers.CLIPTokenizer,
          transformers.ClapAudioModelWithProjection, transformers.ClapFeatureExtractor)
 
 
 def next_job() -> dict | None:
-    """In a new process, the job it is to do; in this one, None when there are no more."""
+    """Returns the job in a new process; in this process returns None when there are no more jobs."""
     for line in sys.stdin:
         job, (mine, theirs) = json.loads(line), os.pipe()
         between = os.fork()
@@ -40,7 +42,7 @@ def next_job() -> dict | None:
                 return job
             os.write(theirs, f"{pid}\n".encode())
             os._exit(0)
-        os.waitpid(between, 0)  # gone, so that the tests' process has inherited the script's
+        os.waitpid(between, 0)  # its end makes the script a child of the tests' process
         os.write(1, os.read(mine, 20))
         os.close(mine)
         os.close(theirs)
@@ -50,14 +52,15 @@ def next_job() -> dict | None:
 if __name__ == "__main__":
     load()
     gc.collect()
-    gc.freeze()  # at its end a script would collect all of these objects: two seconds
+    gc.freeze()  # or every script would collect these objects at its end, for two seconds
     os.write(1, b"0\n")
     job = next_job()
     if job:
         os.setsid()
         os.chdir(job["cwd"])
         for number, path in enumerate((os.devnull, job["stdout"], job["stderr"])):
-            file = os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            file = os.open(path,
+                           (os.O_WRONLY | os.O_CREAT | os.O_APPEND if number else os.O_RDONLY) | os.O_NOCTTY)
             os.dup2(file, number)
             os.close(file)
         if job["file_limit"]:  # a write beyond it fails as on a full disk (Python ignores SIGXFSZ)

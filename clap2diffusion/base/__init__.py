@@ -1,0 +1,1 @@
+"""What everything stands on: settings, exits, whole files, model folders, processes, device, statistics."""

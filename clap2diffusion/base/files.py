@@ -1,0 +1,108 @@
+"""Whole files, written completely or not at all and read strictly; and the one lock on a folder."""
+
+import fcntl
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import TextIO
+
+from clap2diffusion.base.exits import DISK_FULL, RunFailed, UserError
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write through a temporary file in the same folder, fsync, rename, fsync the folder.
+
+    Raises RunFailed: no space is left, or the file cannot be written; the old file is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise RunFailed(f"no space left in {path.parent}, {len(content) / 1e6:.1f} MB needed for "
+                            f"{path.name}; free some and run the same command again") from None
+        raise RunFailed(f"{path}: cannot be written ({error.strerror})") from None
+    finally:
+        with suppress(OSError):  # the disk may be the trouble: what is raised above says it
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value) -> None:
+    write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def remove_stale(folder: Path, pattern: str = ".*.tmp") -> list[Path]:
+    """Remove what killed saves left in a folder; the pattern `**/.*.tmp` looks into its folders as well."""
+    stale = sorted(folder.glob(pattern))
+    for path in stale:
+        path.unlink(missing_ok=True)
+    return stale
+
+
+def lock(folder: Path, wait: str = "") -> TextIO:
+    """Hold a folder until the returned file is closed or this process ends. The folder is made if need be.
+
+    A POSIX lock: unlike flock's it does not pass to forked workers, so kill -9 frees it at once.
+    wait: what to print before waiting for another process that holds it; '' refuses, naming that process.
+
+    Raises:
+        UserError: another process holds it, and `wait` is ''.
+        OSError: the folder cannot be made or written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        if not wait:
+            file.seek(0)
+            raise UserError(f"{folder}: process {file.read().strip() or '?'} is working in this folder; wait "
+                            "for it, or give another --run") from None
+        print(wait, flush=True)
+        fcntl.lockf(file, fcntl.LOCK_EX)
+    if not wait:  # a made data folder holds the same bytes whoever made it
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+    return file
+
+
+def _no_duplicates(pairs: list[tuple]) -> dict:
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise UserError(f"key {key!r} stands twice")
+    return dict(pairs)
+
+
+def _refuse_constant(text: str):
+    raise UserError(f"{text} is not a number that JSON or a setting can have")
+
+
+def read_json(path: str | Path) -> dict:
+    """Read a JSON object strictly: duplicate keys, NaN and Infinity are errors.
+
+    Raises UserError: the file is missing, is not UTF-8 or is not one JSON object.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_refuse_constant)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give an existing JSON file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not UTF-8 text; expected a JSON file") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: line {error.lineno}: not valid JSON ({error.msg})") from None
+    except (UserError, RecursionError, ValueError) as error:  # nested too deeply; too many digits
+        raise UserError(f"{path}: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: got a JSON {type(value).__name__}, expected an object {{...}}")
+    return value

@@ -1,0 +1,308 @@
+"""Flags over JSON, without heavy imports: `--help` and wrong settings answer before torch loads.
+
+A stage's parser is the only place where a key, its type, bounds, default and help live. A value comes from
+the parser's default, then the JSON file given by --config, then the command line; the last one wins. The JSON
+file has a section `common` that every stage reads and one section for each stage:
+
+    {"common": {"batch_size": 16, "precision": "fp32"}, "stage1": {"steps": 600}, "data": ["world"]}
+
+`data` and `evaluate` are the arguments that run_all_stages.sh gives to prepare_data.py and evaluate.py.
+"""
+
+import argparse
+import difflib
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+from clap2diffusion.base.exits import UserError
+from clap2diffusion.base.files import read_json
+
+SECTIONS = ("common", "stage1", "stage2", "stage3")
+GUIDANCE = 3.0  # classifier-free guidance of pictures where none is asked for
+# diffusers' names of the schedulers that make pictures in few steps; "base" is the base model's own
+SCHEDULERS = {"base": None, "dpm": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}
+# what may change between a checkpoint and its resumption: it concerns places, logs and memory alone
+FREE_SETTINGS = {"run", "name", "workers", "log_every", "save_every", "keep", "log_dir", "device", "fresh",
+                 "allow_changed", "sample_every", "samples", "max_bad_share", "cache_dir", "init_from",
+                 "val_batch_size", "checkpointing", "ema_on_cpu"}
+FIXED_SETTINGS = {"whiten", "adam_8bit", "strength"}  # they are in the weights or in the optimizer's state
+
+
+class Number:
+    """An argparse type with bounds, for flags and JSON alike: Number(int, 1), Number(float, 0, 1)."""
+
+    def __init__(self, kind: type, low: float = -math.inf, high: float = math.inf, multiple_of: int = 0):
+        self.kind, self.low, self.high, self.multiple_of = kind, low, high, multiple_of
+        self.__name__ = "whole number" if kind is int else "number"
+
+    def __call__(self, text: str):
+        try:
+            value = self.kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected a {self.__name__}") from None
+        return self.check(value)
+
+    def check(self, value):
+        """Check a value that JSON has parsed already; a bool is no number and 8.0 is no whole number."""
+        if type(value) is not self.kind and not (self.kind is float and type(value) is int):
+            raise argparse.ArgumentTypeError(f"got {json.dumps(value)}, expected a {self.__name__}")
+        try:
+            inside = self.low <= value <= self.high and math.isfinite(value)
+        except OverflowError:  # a whole number of hundreds of digits
+            inside = False
+        if not inside:
+            raise argparse.ArgumentTypeError(f"got {value}, expected {self.range()}")
+        if self.multiple_of and value % self.multiple_of:
+            raise argparse.ArgumentTypeError(f"got {value}, expected a multiple of {self.multiple_of}")
+        return self.kind(value)
+
+    def range(self) -> str:
+        if self.high == math.inf:
+            return f"a {self.__name__} of at least {self.low:g}"
+        return f"a {self.__name__} from {self.low:g} to {self.high:g}"
+
+
+SEED, SHARE = Number(int, 0, 2 ** 31 - 1), Number(float, 0, 1)
+SWITCH = {"action": argparse.BooleanOptionalAction}  # add("--flip", **SWITCH, ...) makes --flip and --no-flip
+
+
+class _Parser(argparse.ArgumentParser):
+    refused: dict[str, str] = {}
+
+    def error(self, message: str):
+        why = [f"; {reason}" for flag, reason in self.refused.items() if f"--{flag}" in message.split()]
+        raise UserError(f"{message}{''.join(why)} (see {self.prog} --help)")
+
+
+def new_parser(doc: str, **refused: str) -> argparse.ArgumentParser:
+    """A parser without abbreviations that shows the script's docstring and raises UserError on a bad flag.
+
+    refused: for flags that this script does not have but others have or had, the reason why.
+    """
+    parser = _Parser(description=doc, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.refused = {key.replace("_", "-"): reason for key, reason in refused.items()}
+    return parser
+
+
+def nearest(key: str, known) -> str:
+    match = difflib.get_close_matches(key, list(known), n=1)
+    return f"did you mean {match[0]!r}?" if match else f"known: {', '.join(sorted(known))}"
+
+
+def _check_value(action: argparse.Action, value, where: str):
+    """One JSON value against the flag's action: type, bounds, choices."""
+    if isinstance(action, argparse.BooleanOptionalAction):
+        if not isinstance(value, bool):
+            raise UserError(f"{where}: got {json.dumps(value)}, expected true or false")
+        return value
+    if action.nargs in ("+", "*"):
+        if not isinstance(value, list):
+            raise UserError(f"{where}: got {json.dumps(value)}, expected a list")
+        return [_check_item(action, item, where) for item in value]
+    return _check_item(action, value, where)
+
+
+def _check_item(action: argparse.Action, value, where: str):
+    if isinstance(action.type, Number):
+        try:
+            value = action.type.check(value)
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"{where}: {error}") from None
+    elif not isinstance(value, str):
+        raise UserError(f"{where}: got {json.dumps(value)}, expected text")
+    if action.choices and value not in action.choices:
+        raise UserError(f"{where}: got {value!r}, expected one of {', '.join(map(str, action.choices))}")
+    return value
+
+
+def _merge_json(args: argparse.Namespace, parser: _Parser, actions: dict, section: str) -> None:
+    """Put the values of the JSON file's sections into args, where no flag has set them."""
+    content = read_json(args.config)
+    for name, values in content.items():
+        if name in ("data", "evaluate"):
+            continue  # for run_all_stages.sh
+        if name not in SECTIONS:
+            raise UserError(f"{args.config}: unknown section {name!r}; {nearest(name, SECTIONS)}")
+        if not isinstance(values, dict):
+            raise UserError(f"{args.config}: section {name!r} is not an object {{...}}")
+    for name in ("common", section):
+        for key, value in content.get(name, {}).items():
+            where = f"{args.config}: {name}.{key}"
+            if key not in actions:
+                why = parser.refused.get(key.replace("_", "-"))
+                raise UserError(f"{where}: unknown key; {why or nearest(key, actions)}")
+            value = _check_value(actions[key], value, where)
+            if args.origin.get(key) != "flag":
+                setattr(args, key, value)
+                args.origin[key] = f"{args.config} [{name}]"
+
+
+def parse_config(parser: argparse.ArgumentParser, section: str, argv: list[str] | None) -> argparse.Namespace:
+    """Merge default < JSON < flag. `origin` of the result says where each value came from that is no default.
+
+    Raises UserError: an unknown key (with the nearest match), a wrong type, a value out of range, a bad flag,
+    or a UNet in fewer bits that is to run without autocast.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    actions = {a.dest: a for a in parser._actions if a.option_strings and a.dest not in ("help", "config")}
+    flags = {option for a in parser._actions for option in a.option_strings}
+    given = {token.split("=")[0] for token in argv if token.split("=")[0] in flags}
+    args = parser.parse_args(argv)
+    args.origin = {dest: "flag" for dest, a in actions.items() if given & set(a.option_strings)}
+    if args.config:
+        _merge_json(args, parser, actions, section)
+    if getattr(args, "frozen_dtype", "fp32") != "fp32" and args.precision == "fp32":
+        raise UserError(f"--frozen-dtype {args.frozen_dtype} needs --precision bf16: a UNet held in fewer "
+                        "bits cannot compute in float32")
+    return args
+
+
+def read_settings(parser: argparse.ArgumentParser, stage: str, argv: list[str] | None) -> argparse.Namespace:
+    """A stage's settings by parse_config, printed; --dry-run ends the program here."""
+    cfg = parse_config(parser, stage, argv)
+    print(f"{cfg.name}: settings\n{describe(cfg)}", flush=True)
+    if cfg.dry_run:
+        raise SystemExit(0)
+    return cfg
+
+
+def adapter_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that stages 1 and 2 share, in which they do not differ."""
+    add = parser.add_argument
+    # what a sample is shown: each share is of samples, not of batches
+    add("--caption-drop", type=SHARE, default=0.5, help="share with the empty caption and its sound")
+    add("--audio-drop", type=SHARE, default=0.05, help="share with its caption and the null audio")
+    add("--both-drop", type=SHARE, default=0.05, help="share with empty caption and null audio")
+    add("--high-noise-share", type=SHARE, default=0.0,
+        help="share whose timestep comes from the noisiest fifth, where layout is decided (0 = all even)")
+    # learning
+    add("--projection-lr-scale", type=SHARE, default=1.0,
+        help="the projection's learning rate as a share of it: its inputs are large, so it may need less")
+    add("--weight-decay", type=SHARE, default=0.01, help="AdamW's weight decay (0 = none)")
+    add("--clip", type=Number(float, 1e-6), default=0.5, help="largest gradient norm")
+    add("--min-snr-gamma", type=Number(float, 0, 1000), default=0.0,
+        help="gamma of Min-SNR loss weights (0 = plain loss)")
+    add("--adam-8bit", **SWITCH, default=False, help="AdamW with moments in 8 bits (bitsandbytes)")
+    add("--ema-decay", type=Number(float, 0, 0.999999), default=0.0,
+        help="decay of averaged weights (0 = no EMA)")
+    add("--ema-on-cpu", **SWITCH, default=False, help="hold the averaged weights on the CPU")
+    # stopping
+    add("--best-metric", choices=("val_right", "silence_minus_right", "other_minus_right"),
+        default="val_right", help="what decides best and early stopping")
+    add("--patience", type=Number(int, 0), default=0,
+        help="validations without improvement to stop after (0 = never)")
+    add("--min-delta", type=Number(float, 0), default=0.0, help="smallest change that counts as improvement")
+
+
+def rank_growth(cfg: argparse.Namespace) -> dict[int, int]:
+    """LoRA's active rank from a step on, {step: rank}, of --rank-growth and --lora-rank.
+
+    Raises UserError: steps or ranks do not rise, the first step is not 0 or the last rank is not --lora-rank.
+    """
+    steps, ranks, rank = cfg.rank_growth[::2], cfg.rank_growth[1::2], cfg.lora_rank
+    rise = all(a < b for row in (steps, ranks) for a, b in zip(row, row[1:]))
+    fits = len(steps) == len(ranks) and steps[:1] == [0] and ranks[0] > 0 and ranks[-1] == rank
+    if steps and not (fits and rise):
+        raise UserError(f"--rank-growth {' '.join(map(str, cfg.rank_growth))}: expected STEP RANK pairs that "
+                        f"rise, from step 0 to rank {rank} (--lora-rank), such as 0 {max(1, rank // 2)} 1000 "
+                        f"{rank}")
+    return dict(zip(steps, ranks))
+
+
+def common_flags(parser: argparse.ArgumentParser, stage: str) -> None:
+    """The flags that every stage has: places, data, device, validation, checkpoints and logs."""
+    add = parser.add_argument
+    # places
+    add("--config", default="configs/tiny.json",
+        help=f"JSON file with sections common and {stage} ('' = none)")
+    add("--run", default="runs/tiny",
+        help="run folder; this stage writes into a folder of its own name inside it")
+    add("--name", default=Path(sys.argv[0]).stem.removeprefix("train_") or stage,
+        help="name of this stage's folder in the run (default: the script's name without train_)")
+    add("--data-root", default="data/world", help="folder with metadata.jsonl")
+    add("--cache-dir", default="cache", help="folder of the feature caches, shared by stages and runs")
+    add("--base-model", default="assets/tiny/base", help="Stable Diffusion model: folder or hub name")
+    add("--clap-model", default="assets/tiny/clap", help="CLAP model: folder or hub name")
+    add("--log-dir", default="", help="folder for TensorBoard's files ('' = inside the stage's folder)")
+    # data
+    add("--image-size", type=Number(int, 8, 4096, multiple_of=8), default=64,
+        help="side of the training pictures in pixels")
+    add("--windows", type=Number(int, 1, 64), default=1,
+        help="CLAP windows taken from each clip; a step picks one")
+    add("--flip", **SWITCH, default=False, help="mirror half of the pictures")
+    add("--max-bad-share", type=Number(float, 0, 1), default=0.01,
+        help="share of unusable rows above which to stop")
+    add("--batch-size", type=Number(int, 1), default=2, help="samples in one forward pass")
+    add("--accumulation", type=Number(int, 1), default=1, help="forward passes in one optimizer step")
+    add("--workers", type=Number(int, -1, 64), default=-1,
+        help="loader processes (0 = load in this process; -1 = 2 with CUDA; on a CPU 1 to decode files and 0 "
+        "in training, where a read is quicker than a hand-over)")
+    # device and numbers
+    add("--seed", type=SEED, default=0, help="seed of order, noise, timesteps, drops, LoRA")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto = CUDA if torch sees it")
+    add("--precision", choices=("bf16", "fp32"), default="bf16",
+        help="autocast type of the forward pass; fp32 = none")
+    # memory and speed
+    add("--frozen-dtype", choices=("fp32", "bf16", "nf4"), default="fp32",
+        help="type the frozen UNet is held in; nf4 = its attention blocks in 4 bits, the rest in bf16")
+    add("--checkpointing", choices=("none", "down", "all"), default="none",
+        help="blocks of the UNet whose activations are computed again in the backward pass instead of kept")
+    add("--channels-last", **SWITCH, default=False, help="memory format of convolutions")
+    add("--compile", **SWITCH, default=False, help="torch.compile the UNet (first step: minutes)")
+    # validation
+    add("--validate-every", type=Number(int, 0), default=500,
+        help="steps between validations (0 = only at both ends)")
+    add("--val-draws", type=Number(int, 1, 100), default=4,
+        help="fixed noise and timestep draws for each clip")
+    add("--val-clips", type=Number(int, 0), default=0, help="validation clips used (0 = all)")
+    add("--val-batch-size", type=Number(int, 1), default=32,
+        help="samples in one forward pass without gradient: validation, and encoding features (at most 16)")
+    # checkpoints, logs, pictures
+    add("--save-every", type=Number(int, 1), default=500, help="steps between checkpoints")
+    add("--keep", type=Number(int, 2, 1000), default=5, help="newest checkpoints kept, beside best")
+    add("--log-every", type=Number(int, 1), default=10, help="steps between log lines")
+    add("--sample-every", type=Number(int, 0), default=0,
+        help="steps between sample pictures (0 = only at the end)")
+    add("--samples", type=Number(int, 0, 64), default=8,
+        help="validation clips in the sample pictures (0 = none)")
+    add("--allow-changed", **SWITCH, default=False,
+        help="resume although learning settings or data differ from the checkpoint's")
+    add("--fresh", **SWITCH, default=False, help="begin anew; what is there is kept in a backup folder")
+    add("--dry-run", action="store_true", help="print the resolved settings and end")
+
+
+def settings(args: argparse.Namespace) -> dict:
+    """The resolved settings as a dictionary, without what is none. The batch is that of all processes."""
+    found = {key: vars(args)[key] for key in sorted(vars(args)) if key not in ("origin", "dry_run", "config")}
+    return found | {"batch_size": args.batch_size * int(os.environ.get("WORLD_SIZE", 1))}
+
+
+def describe(args: argparse.Namespace) -> str:
+    """The resolved settings, one a line, with where each that is not a default came from."""
+    return "\n".join(f"  {key:<24} {value!s:<40} {args.origin.get(key, '')}".rstrip()
+                     for key, value in settings(args).items())
+
+
+def changed_settings(saved: dict, now: dict) -> list[str]:
+    """The settings that are in both and differ, as `key old -> new`, except those that may change freely."""
+    return [f"{key} {saved[key]!r} -> {now[key]!r}" for key in sorted(saved.keys() & now.keys())
+            if key not in FREE_SETTINGS and saved[key] != now[key]]
+
+
+def check_same_settings(path: Path, saved: dict, now: dict, allow_changed: bool) -> None:
+    """A run goes on with the settings it began with; only logs and places may change.
+
+    Raises UserError: a setting differs (both values shown).
+    """
+    changed = changed_settings(saved, now)
+    fixed = [one for one in changed if one.split(" ")[0] in FIXED_SETTINGS]
+    if fixed:
+        raise UserError(f"{path}: was made with {'; '.join(fixed)}, which cannot change within a run; give "
+                        "the old one, or begin anew with --fresh")
+    if changed and not allow_changed:
+        raise UserError(f"{path}: was made with other settings ({'; '.join(changed)}); give the old ones, "
+                        "begin anew with --fresh, or go on with the new ones with --allow-changed")

@@ -1,0 +1,96 @@
+"""What a stage trains from: the cached features of a split, one row at a time. No encoder is needed for it.
+
+Shapes: F sides of a picture, C h w latents, k windows of a clip, E width of CLAP's output, L D text tokens.
+"""
+
+import functools
+import json
+import math
+import os
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+
+from clap2diffusion.base.exits import RunFailed, UserError
+from clap2diffusion.dataset import cache
+
+
+def _layout(path: str) -> dict[str, tuple[int, list[int]]]:
+    """Where in a shard each tensor begins, and the shape of one of its rows."""
+    with open(path, "rb") as file:  # safetensors: the header's length, the header, the tensors
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(min(size, os.path.getsize(path))))
+    return {name: (8 + size + spec["data_offsets"][0], spec["shape"][1:])
+            for name, spec in header.items() if name != "__metadata__"}
+
+
+class AudioImageDataset(Dataset):
+    """The cached features of one split.
+
+    An item: latents_mean and latents_std (F, C, h, w), scaled already, with F = 2 (plain, mirrored) if flips
+    were cached, else 1; audio_embeds (k, E); text_embeds (L, D), all float32; index, the item's number.
+
+    Raises UserError if the folder is not a finished cache or the split has no usable rows.
+    """
+
+    def __init__(self, data_root: str | Path, split: str, folder: str | Path):
+        self.data_root, self.split, self.cache = Path(data_root), split, Path(folder)
+        try:
+            index = cache.load_index(self.cache)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.cache}: not a finished feature cache ({error}); build it again") from None
+        if index["format"] != cache.CACHE_FORMAT:
+            raise UserError(f"{self.cache}: cache format {index['format']}, expected {cache.CACHE_FORMAT}; "
+                            "build it again")
+        self.rows: list[dict] = [row for row in index["rows"] if row["split"] == split]
+        if not self.rows:
+            raise UserError(f"{data_root}: no usable row in split {split!r}; add rows with that split to the "
+                            "manifest")
+        self.labels = sorted({row["label"] for row in self.rows if row["label"] is not None})
+        self._layout = functools.cache(_layout)
+        first = self[0]
+        self.latent_shape = tuple(first["latents_mean"].shape[1:])  # (C, h, w)
+        self.embed_dim = first["audio_embeds"].shape[-1]
+        self.empty_text_embeds = self._read("text", 0, 0)["text_embeds"]  # (L, D)
+        self.text_dim = self.empty_text_embeds.shape[-1]
+
+    def _read(self, kind: str, shard: int, i: int) -> dict[str, torch.Tensor]:
+        """Row i of every tensor in a shard, by one short read. Raises RunFailed.
+
+        Nothing stays open or mapped: a memory map counts towards the process's memory, page by page.
+        """
+        path, row = f"{self.cache}/{kind}-{shard:05d}.safetensors", {}
+        try:
+            with open(path, "rb", buffering=0) as file:
+                for name, (start, shape) in self._layout(path).items():
+                    content = bytearray(4 * math.prod(shape))
+                    file.seek(start + i * len(content))
+                    if file.readinto(content) != len(content):
+                        raise OSError("cut off")
+                    row[name] = torch.frombuffer(content, dtype=torch.float32).view(shape)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RunFailed(f"{path}: cannot be read ({error}); start again, it will be rebuilt") from None
+        return row
+
+    def some_audio_embeds(self, n: int) -> torch.Tensor:
+        """The first window of n rows, evenly spread, or of all if there are fewer: (n, E)."""
+        chosen = (i * len(self) // n for i in range(n)) if n < len(self) else range(len(self))
+        return torch.stack([self[i]["audio_embeds"][0] for i in chosen])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> dict:
+        row = self.rows[i]
+        item = self._read("rows", row["shard"], row["offset"])
+        return item | self._read("text", *divmod(row["text_id"], cache.SHARD_ROWS)) | {"index": i}
+
+
+def open_splits(cfg, base: Path, clap: Path, device: torch.device) -> list[AudioImageDataset]:
+    """The cached train and validation features for a stage's settings, built first where they are missing."""
+    workers = cfg.workers if cfg.workers >= 0 else 2 if device.type == "cuda" else 1
+    folder = cache.build_features(
+        cfg.data_root, base, clap, cfg.image_size, cfg.cache_dir, cfg.windows, cfg.flip,
+        min(16, cfg.val_batch_size), workers, str(device), cfg.max_bad_share)
+    return [AudioImageDataset(cfg.data_root, split, folder) for split in ("train", "val")]

@@ -1,0 +1,100 @@
+"""The frozen encoders: CLAP's audio tower, the VAE's encoder and CLIP's text encoder, all in float32.
+
+Shapes: B samples, F sides of a picture, C h w latents, k windows, E width of CLAP's output, L D text tokens.
+"""
+
+import functools
+from pathlib import Path
+
+import diffusers  # no `from`, as of transformers: naming a class loads it, which takes seconds
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+
+from clap2diffusion.base.device import quiet_libraries
+from clap2diffusion.base.exits import UserError
+
+
+def log_mel(extractor, waveform: np.ndarray) -> dict[str, np.ndarray]:
+    """waveform (samples,) float32 at the extractor's rate -> the audio tower's inputs, each (1, ...).
+
+    One clip at a time, so the rest of a batch changes nothing. It takes half of an encoder's time on a CPU
+    and needs no torch: loader processes call it too. Raises ValueError: not one-dimensional, empty, longer
+    than the window, not finite. The extractor would take it for several clips, crash, crop it, pass NaN on.
+    """
+    longest = extractor.nb_max_samples
+    if waveform.ndim != 1 or not 0 < len(waveform) <= longest:
+        raise ValueError(f"waveform has shape {waveform.shape}, expected (1..{longest},)")
+    if not np.isfinite(waveform).all():
+        raise ValueError("waveform holds NaN or infinity")
+    return dict(extractor([waveform], sampling_rate=extractor.sampling_rate, return_tensors="np"))
+
+
+class CLAPAudioEncoder(nn.Module):
+    """The frozen CLAP audio tower, from a local folder: waveforms to embeddings of unit length."""
+
+    def __init__(self, model_name: str | Path):
+        super().__init__()
+        quiet_libraries()
+        self.extractor = transformers.ClapFeatureExtractor.from_pretrained(model_name)
+        self.model, info = transformers.ClapAudioModelWithProjection.from_pretrained(
+            model_name, dtype=torch.float32, output_loading_info=True)
+        if missing := sorted(info["missing_keys"]):
+            raise UserError(f"CLAP model {model_name}: {len(missing)} weights are missing, first {missing[0]}"
+                            "; expected a whole CLAP checkpoint")
+        self.model.eval().requires_grad_(False)
+        self.log_mel = functools.partial(log_mel, self.extractor)
+        self.sampling_rate: int = self.extractor.sampling_rate
+        self.window_s: float = self.extractor.nb_max_samples / self.sampling_rate
+        self.embed_dim: int = self.model.config.projection_dim
+
+    def forward(self, waveforms: list[np.ndarray]) -> Tensor:
+        """B waveforms (samples,) at `sampling_rate` -> (B, E) float32. Raises ValueError as log_mel does."""
+        return self.embed([self.log_mel(waveform) for waveform in waveforms])
+
+    @torch.inference_mode()
+    def embed(self, clips: list[dict[str, np.ndarray]]) -> Tensor:
+        """What log_mel gave of B waveforms -> audio_embeds (B, E) float32, unit length."""
+        joined = {name: np.concatenate([clip[name] for clip in clips]) for name in clips[0]}
+        inputs = {name: torch.from_numpy(values).to(self.model.device) for name, values in joined.items()}
+        return F.normalize(self.model(**inputs).audio_embeds.float(), dim=-1)
+
+
+class Encoders:
+    """All of them together, loaded to build a feature cache."""
+
+    def __init__(self, base: Path, clap: Path, device: str):
+        self.device = device
+        vae = diffusers.AutoencoderKL.from_pretrained(base, subfolder="vae")
+        text_encoder = transformers.CLIPTextModel.from_pretrained(base, subfolder="text_encoder")
+        self.vae, self.text_encoder, self.clap = (
+            model.float().eval().to(device) for model in (vae, text_encoder, CLAPAudioEncoder(str(clap))))
+        self.tokenizer = transformers.CLIPTokenizer.from_pretrained(base, subfolder="tokenizer")
+
+    def latents(self, images: np.ndarray) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) -> mean and std of the scaled latents, each (B, C, h, w)."""
+        config = self.vae.config
+        # clone: torch aligns its memory, NumPy does not, and the alignment changes last bits
+        posterior = self.vae.encode(torch.from_numpy(images).clone().to(self.device)).latent_dist
+        mean = (posterior.mean - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
+        return mean.cpu(), (posterior.std * config.scaling_factor).cpu()
+
+    def text(self, captions: list[str]) -> Tensor:
+        """Captions -> (B, L, D), padded and cut to the tokenizer's length as the pipelines do."""
+        ids = self.tokenizer(captions, padding="max_length", max_length=self.tokenizer.model_max_length,
+                             truncation=True, return_tensors="pt").input_ids
+        return self.text_encoder(ids.to(self.device)).last_hidden_state.cpu()
+
+    def rows(self, decoded: list[tuple], flip: bool, batch_size: int) -> dict[str, Tensor]:
+        """What Decode gave of B rows -> latents_mean, latents_std (B, F, C, h, w), audio_embeds (B, k, E)."""
+        images = np.stack([image for image, _, _ in decoded])
+        sides = [self.latents(side) for side in ([images, images[..., ::-1].copy()] if flip else [images])]
+        clips = [clip for _, clips, _ in decoded for clip in clips]
+        parts = [self.clap.embed(clips[i:i + batch_size]).cpu() for i in range(0, len(clips), batch_size)]
+        embeds = torch.cat(parts).unflatten(0, (len(decoded), -1))
+        silent = torch.tensor([bool(flags) for _, _, flags in decoded])
+        return {"latents_mean": torch.stack([mean for mean, _ in sides], 1),
+                "latents_std": torch.stack([std for _, std in sides], 1),
+                "audio_embeds": embeds.masked_fill(silent[:, None, None], 0.0)}  # zeros are the null audio

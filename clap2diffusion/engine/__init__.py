@@ -1,0 +1,1 @@
+"""The upkeep of a stage's run: its folder, checkpoints, log, opening it and finishing it."""

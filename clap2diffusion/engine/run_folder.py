@@ -1,0 +1,226 @@
+"""A stage's folder under its lock: checkpoints, best and final weights; and where the stage stands."""
+
+import errno
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from torch import Tensor
+
+from clap2diffusion.base import processes
+from clap2diffusion.base.exits import UserError
+from clap2diffusion.base.files import lock, read_json, remove_stale, write_json
+from clap2diffusion.base.settings import changed_settings, check_same_settings
+from clap2diffusion.base.statistics import show_interval
+from clap2diffusion.base.tensor_file import Broken, read_tensors
+from clap2diffusion.engine.log import Logger
+from common import load_checkpoint, save_checkpoint
+
+
+class Progress:
+    """Where a stage stands. It is saved with the rest, so a resumed stage decides as an unbroken one does.
+
+    `step_seconds` is the time inside steps. wall_seconds() is all of a stage's time, earlier sessions
+    included. `ended` is not saved: it follows from the counters, and settings that were changed by permission
+    must count.
+    """
+
+    def __init__(self, **extra):
+        self.step, self.best_step, self.validated_step, self.bad_validations = 0, 0, -1, 0
+        self.best = self.to_beat = self.first_validation = self.last_validation = None
+        self.step_seconds = self.earlier_seconds = 0.0
+        self.__dict__.update(extra)
+        self.ended, self._began = "", time.monotonic()
+
+    def wall_seconds(self) -> float:
+        return self.earlier_seconds + time.monotonic() - self._began
+
+    def state_dict(self) -> dict:
+        state = {**self.__dict__, "earlier_seconds": self.wall_seconds()}
+        return {key: json.dumps(value) for key, value in state.items() if key not in ("ended", "_began")}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.__dict__.update({key: json.loads(value) for key, value in state.items()})
+
+    def validation_due(self, every: int, last: int) -> bool:
+        """Before the first step, every so many steps, and at the last one; not again after a resume."""
+        due = self.step == 0 or self.step >= last or (every and self.step % every == 0)
+        return bool(due) and self.validated_step != self.step
+
+    def record_validation(self, result: dict, metric: str, min_delta: float, log: Logger) -> bool:
+        """Log a validation and return whether it is the best so far by `metric`."""
+        self.validated_step, self.last_validation = self.step, result
+        self.first_validation = self.first_validation or result
+        log.scalars(self.step, **result)
+        log.text(f"step {self.step}: " + ", ".join(f"{k} {show_interval(v, 5)}" for k, v in result.items()))
+        value = result[metric][0]
+        return self.improved(value if metric == "val_right" else -value, min_delta)
+
+    def improved(self, value: float, min_delta: float) -> bool:
+        """Record a validation's deciding value (lower is better) and return whether it is the best so far.
+
+        Early stopping counts the validations in a row that did not beat the last one that counted by
+        min_delta.
+        """
+        if self.to_beat is None or value < self.to_beat - min_delta:
+            self.to_beat, self.bad_validations = value, 0
+        else:
+            self.bad_validations += 1
+        better = self.best is None or value < self.best
+        if better:
+            self.best, self.best_step = value, self.step
+        return better
+
+
+class RunFolder:
+    """A stage's folder: checkpoints/step-NNNNNNNN.safetensors, {best,final}.safetensors, result.json.
+
+    Of several processes rank 0 holds the lock and writes; the others only read.
+
+    Raises UserError: the folder cannot be made or written, or another process holds it.
+    """
+
+    def __init__(self, path: Path, fresh: bool = False, log_dir: str = ""):
+        self.path, self.checkpoints = path, path / "checkpoints"
+        self.best, self.final = path / "best.safetensors", path / "final.safetensors"
+        self.result = path / "result.json"
+        if processes.first():
+            self._take(fresh)
+            if log_dir:
+                _check_log_dir(Path(log_dir))
+        processes.wait()
+
+    def _take(self, fresh: bool) -> None:
+        try:
+            # torchrun restarts with the same flags
+            again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+            if fresh and self.path.exists() and not again:
+                backup = self.path.with_name(f"{self.path.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
+                with lock(self.path):
+                    self.path.rename(backup)
+                print(f"{self.path}: the old run is kept in {backup}")
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self._held = lock(self.path)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be used as output folder ({error.strerror}); give a folder "
+                            "that can be written with --run") from None
+        for stale in [*remove_stale(self.path), *remove_stale(self.checkpoints)]:
+            print(f"{stale}: left by an interrupted save, removed")
+
+    def is_complete(self, settings: dict, init: str = "") -> bool:
+        """True, with a line, if this stage has ended: result.json is written last.
+
+        Raises UserError: it began from another result of the stage before than the one that is there now.
+        """
+        if not self.result.exists() or not self.final.exists():
+            return False
+        made = read_json(self.result)
+        if init and made.get("init") != init:
+            raise UserError(f"{self.path}: began from another result of the stage before than the one there "
+                            "now; begin it anew with --fresh, which keeps this one in a backup folder")
+        changed = changed_settings(read_json(self.path / "config.json"), settings)
+        other = f"; it was made with other settings than asked for now: {'; '.join(changed)}" * bool(changed)
+        print(f"{self.path}: already complete{other} (--fresh begins anew and keeps a backup)", flush=True)
+        return True
+
+    def steps(self) -> list[int]:
+        return sorted(int(p.stem[5:]) for p in self.checkpoints.glob("step-" + "[0-9]" * 8 + ".safetensors"))
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:08d}.safetensors"
+
+    def newest_valid(self) -> tuple[Path, dict, dict[str, Tensor]] | None:
+        """The valid checkpoint of the highest step; broken ones are named, renamed and passed over."""
+        for step in reversed(self.steps()):
+            path = self.checkpoint(step)
+            try:
+                return path, *read_tensors(path)
+            except Broken as error:
+                print(f"{error}; falling back to the one before", file=sys.stderr, flush=True)
+                path.rename(f"{path}.broken")  # so that it is not counted among the newest that are kept
+        if list(self.checkpoints.glob("*.broken")):
+            raise UserError(f"{self.checkpoints}: no checkpoint there is whole; begin anew with --fresh, "
+                            "which keeps them")
+        return None
+
+    def save(self, step: int, objects: dict, header: dict, keep: int) -> None:
+        """Save this step's checkpoint, read it back, and only then drop the ones before the last `keep`."""
+        if not processes.first():
+            return
+        save_checkpoint(self.checkpoint(step), objects, {**header, "step": step})
+        read_tensors(self.checkpoint(step))
+        for old in map(self.checkpoint, self.steps()[:-keep]):
+            try:
+                old.unlink()
+            except OSError as error:
+                print(f"{old}: could not be deleted ({error.strerror})", file=sys.stderr)
+
+    def resume(self, objects: dict, header: dict, allow_changed: bool) -> None:
+        """Load the newest valid checkpoint, if there is one, after checking that it belongs to this run."""
+        found = self.newest_valid() if processes.first() else None  # which names and renames broken ones
+        step = processes.largest(found[1]["step"] if found else -1)
+        if step >= 0 and not found:
+            found = self.checkpoint(step), *read_tensors(self.checkpoint(step))
+        if found:
+            path, saved, tensors = found
+            for key in ("stage", "fingerprints", "dims", "init"):
+                if saved[key] != header[key]:
+                    raise UserError(f"{path}: was made with {key} {saved[key]!r}, this run has "
+                                    f"{header[key]!r}; give another --run, or begin anew with --fresh")
+            check_same_settings(path, saved["settings"], header["settings"], allow_changed)
+            _load_with_own_rates(path, saved, tensors, objects)
+        if processes.first():
+            write_json(self.path / "config.json", header["settings"])
+
+    def load_best(self, weights: dict, progress: Progress) -> None:
+        """Load the weights that validated best. If their file is lost, a line says so; the last ones stay."""
+        try:
+            header, tensors = read_tensors(self.best)
+        except Broken as error:
+            print(f"{error}; the weights of the last step are taken", file=sys.stderr, flush=True)
+            progress.best_step = progress.step
+            return
+        load_checkpoint(self.best, header, tensors, weights)
+        progress.best_step = header["step"]  # a run that was killed after it may have found a better one
+
+
+def _check_log_dir(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UserError(f"--log-dir {folder}: cannot be used ({error.strerror}); give a folder that can be "
+                        "written") from None
+
+
+def _load_with_own_rates(path: Path, saved: dict, tensors: dict, objects: dict) -> None:
+    """Load a checkpoint, but keep this run's rates and EMA decay, which --allow-changed may have changed."""
+    optimizer, ema = objects["optimizer"], objects.get("ema")
+    groups, decay = [{**group, "params": None} for group in optimizer.param_groups], ema and ema.decay
+    load_checkpoint(path, saved, tensors, objects)
+    for group, own in zip(optimizer.param_groups, groups):
+        group.update({key: value for key, value in own.items() if key != "params"})
+    if ema:
+        ema.decay = decay
+
+
+def previous_stage(path: Path, stage: str, fingerprints: dict,
+                   command: str) -> tuple[dict, dict[str, Tensor]]:
+    """Read the final.safetensors of the stage before.
+
+    Raises UserError: that stage has not run or not finished (the command to run is named), or the file is
+    another's.
+    """
+    if not path.exists():
+        state = "is not finished" if path.parent.exists() else "has not run"
+        raise UserError(f"{path}: {stage} {state}; run first: {command}")
+    header, tensors = read_tensors(path)
+    if header["stage"] != stage:
+        raise UserError(f"{path}: is of {header['stage']}, expected a result of {stage}")
+    if header["fingerprints"] != fingerprints:
+        raise UserError(f"{path}: belongs to models {header['fingerprints']}, this run has {fingerprints}; "
+                        "give the --base-model and --clap-model it was trained with")
+    return header, tensors

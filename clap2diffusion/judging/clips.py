@@ -1,0 +1,139 @@
+"""What is judged, found and checked before torch loads: a run's stages, and the clips with their classes."""
+
+import argparse
+from collections import defaultdict
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+
+from clap2diffusion.base.exits import UserError
+from clap2diffusion.base.files import read_json
+from clap2diffusion.dataset.decoding import BadFile, load_picture, read_windows
+from clap2diffusion.dataset.manifest import Row, read_manifest
+from clap2diffusion.pictures.inputs import adapter_facts, find_adapter
+
+STAGES = ("stage1", "stage2", "stage3")
+
+
+def check_run(args: argparse.Namespace) -> bool:
+    """Look at what is to be judged, or without a judge reported on. Returns whether all stages have ended.
+
+    Raises UserError: no adapter or no data to judge; without a judge, a stage that has not ended.
+    """
+    if args.judge:
+        adapter_path = find_adapter(args.run)
+        find_data(args, adapter_path)
+        adapter_facts(adapter_path)
+        find_adapter(args.against or args.run)
+    else:
+        read_results(Path(args.run))
+    return all((Path(args.run) / stage / "result.json").exists() for stage in STAGES)
+
+
+def read_results(run: Path) -> dict[str, dict]:
+    """The result.json of each stage. Raises UserError: a stage is not finished."""
+    found = {}
+    for stage in STAGES:
+        path = run / stage / "result.json"
+        if not path.exists():
+            raise UserError(f"{path}: is missing, so {stage} is not finished; run the command that made "
+                            f"{run} again, bash run_all_stages.sh with its config and flags")
+        found[stage] = read_json(path)
+    return found
+
+
+def find_data(args: argparse.Namespace, adapter_path: Path) -> str:
+    """--data-root, or the one in the config.json beside the adapter. Raises UserError: neither is there."""
+    config = adapter_path.parent / "config.json"
+    if not args.data_root and not config.exists():
+        raise UserError(f"{config}: is missing, so the clips are unknown; give the data folder with "
+                        "--data-root")
+    return args.data_root or read_json(config)["data_root"]
+
+
+def spread(rows: list, n: int) -> list:
+    """n rows, evenly spread in their order; all of them for 0 or more than there are."""
+    return rows if not 0 < n < len(rows) else [rows[i * len(rows) // n] for i in range(n)]
+
+
+def pick_clips(labels: list[str], n: int) -> list[int]:
+    """Up to n clips, each label in turn. Up to a third are pairs, fewer where single labels need the room."""
+    turns = defaultdict(count)
+    turn = [next(turns[label]) for label in labels]
+    in_turn = sorted(range(len(labels)), key=turn.__getitem__)  # the first of each, then the second, ...
+    single, pairs = ([i for i in in_turn if ("+" in labels[i]) == paired] for paired in (False, True))
+    n_labels = len({labels[i] for i in single})
+    n_pairs = max(n - len(single), min(n // 3, max(n - n_labels, n // 10)))
+    return single[:n - min(n_pairs, len(pairs))] + pairs[:n_pairs]
+
+
+def readable(rows: list[Row], image_size: int) -> tuple[list[Row], list]:
+    """The rows whose sound and picture can be read, and their pictures (PIL). The others are printed."""
+    found, real = [], []
+    for row in rows:
+        try:
+            read_windows(row.audio_path, 10.0)
+            real.append(load_picture(row.image_path, image_size))
+            found.append(row)
+        except BadFile as error:
+            print(f"{row.where}: left out: {error}", flush=True)
+    return found, real
+
+
+class Clips:
+    """The clips of one evaluation, their real pictures, and the classes the judge chooses from.
+
+    The classes are the labels of every split's rows; without any label a clip's caption is its class.
+    `single` and `pairs` are the positions of clips with one label and with two ("a+b"), `of_class` those of
+    the single ones of each class. `heard` holds the pairs of labels that training or validation has.
+    """
+
+    def __init__(self, data_root: str, split: str, n: int, image_size: int):
+        rows, _ = read_manifest(data_root)
+        held_out = [row for row in rows if row.split == split]
+        if not held_out:
+            raise UserError(f"{data_root}: has no clip in split {split!r}; give another --split or "
+                            "--data-root")
+        self.data_root, self.image_size = Path(data_root), image_size
+        self.rows, self.real = readable(spread(held_out, n), image_size)
+        if len(self.rows) < 2:
+            raise UserError(f"{data_root}: split {split!r} has {len(self.rows)} usable clips; expected at "
+                            "least 2")
+        self.labelled = any(row.label for row in self.rows)
+        kinds = [(row.label or "").split("+") for row in self.rows]
+        self.kinds = kinds if self.labelled else [[row.text] for row in self.rows]
+        known = [(row.label or "").split("+") for row in rows] if self.labelled else self.kinds
+        self.classes = sorted({name for kind in known for name in kind if name})
+        self.single = [i for i, kind in enumerate(self.kinds) if len(kind) == 1 and kind[0]]
+        self.pairs = [i for i, kind in enumerate(self.kinds) if len(kind) == 2]
+        self.of_class = {name: [i for i in self.single if self.kinds[i][0] == name] for name in self.classes}
+        self.truth = np.array([self.classes.index(self.kinds[i][0]) for i in self.single], int)
+        self.heard = {frozenset((row.label or "").split("+")) for row in rows if row.split != "test"}
+        self.train = [row for row in rows if row.split == "train" and row.split != split]
+
+    def indices(self, names) -> set[int]:
+        return {self.classes.index(name) for name in names}
+
+    def reference_pictures(self) -> list:
+        """Other real pictures, of the train split: how far apart two sets of real pictures are."""
+        found = []
+        for row in spread(self.train, max(len(self.rows), 100)):
+            with suppress(BadFile):  # named when the features were cached
+                found.append(load_picture(row.image_path, self.image_size))
+        return found
+
+    def captions(self) -> dict[str, list[str]]:
+        """What the judge reads of each class, by language: what labels.json says, or else "This is a photo of
+        LABEL." in English alone. Where the clips have no labels, it is their captions."""
+        path = self.data_root / "labels.json"
+        if not self.labelled:
+            return {"en": self.classes}
+        texts = read_json(path) if path.exists() else {}
+        given = [texts.get(label, {}) for label in self.classes]
+        found = {"en": [text.get("en") or f"This is a photo of {label.replace('_', ' ')}."
+                        for label, text in zip(self.classes, given)]}
+        if all("ko" in text for text in given):
+            found["ko"] = [text["ko"] for text in given]
+        return found

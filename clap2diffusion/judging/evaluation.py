@@ -1,0 +1,382 @@
+"""One evaluation: pictures of the clips' sounds, what the judge and the world's own measure see, the files.
+
+Every clip keeps its starting noise for all sounds and runs, so only the sound differs and runs are paired.
+"""
+
+import argparse
+import hashlib
+import json
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from clap2diffusion.base.device import DTYPES, pick_device
+from clap2diffusion.base.exits import RunFailed
+from clap2diffusion.base.files import read_json, remove_stale, write_atomic, write_json
+from clap2diffusion.base.hub import BASE_PARTS, resolve_model
+from clap2diffusion.base.statistics import bootstrap, interval, show_interval, summary
+from clap2diffusion.dataset.decoding import SILENT_PEAK, active_rms, load_waveform
+from clap2diffusion.judging import metrics, page
+from clap2diffusion.judging.clips import Clips, find_data
+from clap2diffusion.judging.judge import Judge
+from clap2diffusion.judging.report import git_commit, training_curves
+from clap2diffusion.judging.tables import LANGUAGES, SOUNDS, TEMPLATES
+from clap2diffusion.pictures.inputs import adapter_facts, find_adapter, scale_of_gate
+from clap2diffusion.pictures.pipelines import load_stock_pipeline, pictures
+from clap2diffusion.pictures.sheets import write_png
+from clap2diffusion.pictures.sound_algebra import embed, load_clap, mix
+from common import other_sounds
+
+MIXES, DIVERSITY_SEEDS, MIN_DIVERSITY, GATES = 10, 8, 0.5, (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+SETTINGS = ("guidance", "steps", "scheduler", "seed", "gate", "noise", "precision", "clips")
+TRAINED = ("stage", "step", "base_model", "clap_model", "tanh_gate")
+
+
+class Subject:
+    """An adapter under evaluation: its embeddings of the clips, and every picture it makes of them.
+
+    Pictures are PNG files in FOLDER/evaluation/KEY, where KEY names adapter and settings. Only those that are
+    missing are made. FOLDER is the run, or where the adapter file lies.
+    """
+
+    def __init__(self, run: str, args: argparse.Namespace):
+        self.args, self.run, self.files, self.adapter_path = args, run, {}, find_adapter(run)
+        self.facts = adapter_facts(self.adapter_path)
+        self.folder = Path(run) if Path(run).is_dir() else self.adapter_path.parent
+        key = {name: getattr(args, name) for name in ("steps", "precision", "base_model", "noise")}
+        if args.scheduler != "base":
+            key["scheduler"] = args.scheduler
+        key["adapter"] = hashlib.sha256(self.adapter_path.read_bytes()).hexdigest()
+        key = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+        self.pictures_dir = self.folder / "evaluation" / key
+
+    def load(self, clips: Clips) -> None:
+        """Load the models and embed every clip; silent clips are the null audio."""
+        args = self.args
+        device, _ = pick_device(args.device, args.precision)
+        base = resolve_model(args.base_model or self.facts["base_model"], "base model", BASE_PARTS)
+        self.encoder = load_clap(args.clap_model, self.facts, self.adapter_path)
+        rows = tqdm(clips.rows, desc=f"{self.run}: sounds", unit="clip", leave=False)
+        self.audio_embeds = torch.cat([embed(self.encoder, str(row.audio_path)) for row in rows])  # (n, E)
+        dtype = DTYPES[args.precision]
+        self.pipe = load_stock_pipeline(base, self.adapter_path, device, dtype, args.scheduler)
+        if args.noise:  # layer-normalised noise in place of audio_tokens (B, N, D): no sound at all
+            generator = torch.Generator().manual_seed(args.seed)
+            self.pipe.unet.encoder_hid_proj.image_projection_layers[0].register_forward_hook(
+                lambda module, _, x: module.norm(torch.randn(x.shape, generator=generator).to(x)))
+        self.scale = 1.0 if args.gate is None else scale_of_gate(args.gate, self.facts, self.adapter_path)
+        self.pictures_dir.mkdir(parents=True, exist_ok=True)
+        remove_stale(self.pictures_dir)
+
+    def pictures(self, name: str, audio_embeds: Tensor, seeds: list[int], scale: float | None = None,
+                 guidance: float | None = None) -> list[Image.Image]:
+        """One picture for each of audio_embeds (m, E); a file's name tells what it was made from."""
+        args, guidance = self.args, guidance or self.args.guidance
+        scale = self.scale if scale is None else scale
+        keys = [hashlib.sha256(vector.numpy().tobytes() + repr((seed, scale, guidance)).encode()).hexdigest()
+                for vector, seed in zip(audio_embeds, seeds, strict=True)]
+        paths = self.files[name] = [self.pictures_dir / f"{name}-{key[:16]}.png" for key in keys]
+        missing = [i for i, path in enumerate(paths) if not path.exists()]
+        done = len(paths) - len(missing)
+        with tqdm(total=len(paths), initial=done, desc=f"{self.run}: {name}", unit="picture") as bar:
+            for at in range(0, len(missing), args.batch_size):
+                chunk = missing[at:at + args.batch_size]
+                images = pictures(self.pipe, audio_embeds[chunk], [""] * len(chunk), guidance, args.steps,
+                                  [seeds[i] for i in chunk], scale, self.facts["image_size"])
+                for i, image in zip(chunk, images, strict=True):
+                    write_png(paths[i], image)
+                bar.update(len(chunk))
+        return [Image.open(path).convert("RGB") for path in paths]
+
+    def clip_pictures(self, others: list[int]) -> dict[str, list[Image.Image]]:
+        """Pictures of every clip's sound, of silence and of another clip's sound, from the same noise."""
+        seeds = [self.args.seed + i for i in range(len(others))]
+        # The two halves of guidance are equal for the null audio, so none gives the same for half the work.
+        return {"right": self.pictures("right", self.audio_embeds, seeds),
+                "silence": self.pictures("silence", torch.zeros_like(self.audio_embeds), seeds, guidance=1.0),
+                "other": self.pictures("other", self.audio_embeds[others], seeds)}
+
+
+def pick_others(clips: Clips, audio_embeds: Tensor, seed: int) -> list[int]:
+    """For each clip another one of as many labels that shares none and is no copy (common.other_sounds)."""
+    others, everyone = {}, list(range(len(clips.rows)))
+    for arity in {len(kind) for kind in clips.kinds}:
+        members = [i for i in everyone if len(clips.kinds[i]) == arity]
+        pool = members if len(members) > 1 else everyone
+        found = other_sounds(["+".join(clips.kinds[i]) for i in pool], audio_embeds[pool], seed)
+        others |= {i: pool[j] for i, j in zip(pool, found, strict=True) if i in members}
+    return [others[i] for i in everyone]
+
+
+class Judged:
+    """The judge's view of the clips: embeddings of real pictures and captions, and its own accuracy."""
+
+    def __init__(self, judge: Judge, clips: Clips):
+        self.judge, self.clips = judge, clips
+        self.real = judge.images(clips.real)  # (n, D)
+        reference = clips.reference_pictures()
+        self.reference = judge.images(reference) if reference else None
+        self.names = {language: judge.captions(names) for language, names in clips.captions().items()}
+        texts = [row.text or " ".join(kind) for row, kind in zip(clips.rows, clips.kinds)]
+        self.captions = judge.captions(texts)  # (n, D)
+
+    def measures(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """Every measure of one picture a clip, of image embeddings (n, D): {name: values of its clips}."""
+        clips, found, everyone = self.clips, {}, np.arange(len(self.clips.rows))
+        for language, names in self.names.items():
+            ranks = metrics.ranks_of_truth(images[clips.single] @ names.T, clips.truth)
+            found[f"top1_{language}"] = ranks == 1
+            if len(clips.classes) > 5:
+                found[f"top5_{language}"] = ranks <= 5
+        for name, references in (("iis", self.real), ("ais", self.captions)):
+            similarity = images @ references.T
+            found[f"{name}_win_rate"] = metrics.win_rates(similarity, everyone)
+            found[f"{name}_cosine"] = similarity[everyone, everyone]
+        ranks = metrics.ranks_of_truth(images @ self.real.T, everyone)
+        found |= {"recall_at_1": ranks == 1, "recall_at_5": ranks <= 5, "median_rank": ranks}
+        if clips.pairs:
+            truth = [clips.indices(clips.kinds[i]) for i in clips.pairs]
+            both = metrics.both_found(images[clips.pairs] @ self.names["en"].T, truth)
+            heard = np.array([frozenset(clips.kinds[i]) in clips.heard for i in clips.pairs])
+            found |= {"pairs_heard": both[heard], "pairs_unheard": both[~heard]}
+        return {name: np.asarray(values, float) for name, values in found.items() if len(values)}
+
+    def bootstraps(self, images: np.ndarray, real: np.ndarray | None) -> dict[str, tuple]:
+        """(value, draws) of each measure, and of the CMMD to the `real` pictures if there are any."""
+        found = {name: bootstrap(values, np.median if name == "median_rank" else None)
+                 for name, values in self.measures(images).items()}
+        return found if real is None else found | {"cmmd": metrics.cmmd(images, real)}
+
+
+def about(clips: Clips) -> dict[str, dict]:
+    """What each measure is, what chance gives, and which direction is better."""
+    n, k = len(clips.rows), len(clips.classes)
+    pair = 2 / (k * (k - 1)) if k > 1 else None
+    chance = {"top1_en": 1 / k, "top1_ko": 1 / k, "top5_en": min(1, 5 / k), "top5_ko": min(1, 5 / k),
+              "iis_win_rate": 0.5, "ais_win_rate": 0.5, "recall_at_1": 1 / n, "recall_at_5": min(1, 5 / n),
+              "median_rank": (n + 1) / 2, "pairs_heard": pair, "pairs_unheard": pair, "mix_unheard": pair}
+    return {name: {"title": texts["title"], "about": texts["about"].format(n=n), "chance": chance.get(name),
+                   "higher_is_better": name not in ("median_rank", "cmmd")}
+            for name, texts in read_json(Path(__file__).parent / "measures.json").items()}
+
+
+def measure_table(judged: Judged, embeds: dict[str, np.ndarray]) -> tuple[dict[str, dict], dict[str, tuple]]:
+    """(each measure with its interval for each sound and for real pictures, the right sound's bootstraps)."""
+    boots = {sound: judged.bootstraps(images, judged.real) for sound, images in embeds.items()}
+    boots["real"] = judged.bootstraps(judged.real, judged.reference)
+    n = {name: len(values) for name, values in judged.measures(judged.real).items()}
+    n["cmmd"] = len(judged.real)
+    table = {name: {**facts, "n": n[name],
+                    **{kind: summary(*found[name]) for kind, found in boots.items() if name in found}}
+             for name, facts in about(judged.clips).items() if name in n}
+    return table, boots["right"]
+
+
+def follow_properties(clips: Clips, pictures: dict[str, list], others: list[int], world) -> tuple[dict, dict]:
+    """Spearman's rho between each property of the sound and its measure in the picture.
+
+    `real` is the measure's own accuracy, on real renders. `right` pairs a clip with its picture, `shuffled`
+    with the picture of another clip's sound, where nothing may be left. Returns the part of evaluation.json
+    and the bootstraps of the right sound, by property; both are empty if the data have no properties.
+    """
+    known = [i for i in clips.single if clips.rows[i].properties and clips.kinds[i][0] in world.CLASSES]
+    if len(known) < 10:
+        return {}, {}
+    shown = {"real": (clips.real, known), "right": (pictures["right"], known),
+             "shuffled": (pictures["other"], [others[i] for i in known])}
+    seen = {kind: [world.measure(images[i], clips.kinds[j][0]) for i, j in zip(known, drawn, strict=True)]
+            for kind, (images, drawn) in shown.items()}
+    found, right = {}, {}
+    for name in world.PROPERTIES:
+        heard = [world.set_in_sound(clips.rows[i].properties, name) for i in known]
+        points = {kind: np.array([heard, [values[name] for values in measured]]).T
+                  for kind, measured in seen.items()}
+        boots = {kind: metrics.bootstrap_spearman(pairs) for kind, pairs in points.items()}
+        found[name] = {"n": len(known), **{kind: summary(*boot) for kind, boot in boots.items()},
+                       "points": points["right"].tolist()}
+        right[name] = boots["right"]
+    return found, right
+
+
+def diversity(judged: Judged, subject: Subject, right: np.ndarray, seeds: int) -> dict:
+    """Mode-collapse watch: how far apart a class's pictures lie, and does other noise give another picture.
+
+    `distance` is the mean pairwise distance of the pictures of a class (each clip its own sound and noise;
+    `right` holds their embeddings), `real_distance` that of the real pictures. `seed_distance` and
+    `distinct_share` are of one sound of each class under several noises.
+    """
+    groups = [group for group in judged.clips.of_class.values() if group][:32]
+    if not groups:
+        return {}
+    rows = [group[0] for group in groups for _ in range(seeds)]
+    noise = [subject.args.seed + 100_000 + k for _ in groups for k in range(seeds)]
+    images = subject.pictures("seeds", subject.audio_embeds[rows], noise)
+    embeds = judged.judge.images(images).reshape(len(groups), seeds, -1)
+    pixels = np.stack([np.asarray(image, float) / 255 for image in images]).reshape(len(groups), seeds, -1)
+    found = {"classes": len(groups), "seeds": seeds,
+             "seed_distance": interval(np.array([metrics.pairwise_distance(x) for x in embeds])),
+             "distinct_share": interval(np.array([metrics.distinct_share(x) for x in pixels]))}
+    for name, shown in (("distance", right), ("real_distance", judged.real)):
+        if distances := [metrics.pairwise_distance(shown[group]) for group in groups if len(group) > 1]:
+            found[name] = interval(np.array(distances))
+    return found
+
+
+def pick_mixtures(clips: Clips, world) -> list[tuple[int, int]]:
+    """Pairs of single clips whose labels training never heard together; none if no clip has two labels.
+
+    Each pair of labels comes in both orders. Where the data say how high a sound is, the first one is low and
+    the second one high, as in the sound world's own pairs.
+    """
+    if not clips.pairs:
+        return []
+    known = {i: clips.rows[i].properties for i in clips.single if clips.rows[i].properties}
+    low, high = ({name: [i for i in group if i in known and fits(known[i])] or group
+                  for name, group in clips.of_class.items()} for fits in (world.is_low, world.is_high))
+    unheard = [pair for pair in combinations(clips.classes, 2) if frozenset(pair) not in clips.heard]
+    return [(low[a][k % len(low[a])], high[b][k % len(high[b])]) for pair in unheard[:45]
+            for k in range(MIXES // 2) for a, b in (pair, pair[::-1]) if low[a] and high[b]]
+
+
+def mixtures(judged: Judged, subject: Subject, jobs: list[tuple[int, int]]) -> np.ndarray:
+    """Whether (n,) both sounds are found in the picture of two clips, mixed as generate.py --weights does.
+
+    The two have one level while they sound. Of sounds 20 dB apart nobody would hear both, and by the RMS of a
+    whole clip one crash in four seconds would be raised far above a steady sound.
+    """
+    clips, encoder, embeds, rate = judged.clips, subject.encoder, [], subject.encoder.sampling_rate
+    for job in tqdm(jobs, desc=f"{subject.run}: mixing", unit="mix", leave=False):
+        waveforms = [load_waveform(clips.rows[i].audio_path, rate, encoder.window_s)[0] for i in job]
+        weights = [1 / max(SILENT_PEAK, active_rms(waveform, rate)) for waveform in waveforms]
+        embeds.append(encoder([mix(waveforms, weights)]))
+    seeds = [subject.args.seed + 200_000 + k for k in range(len(jobs))]
+    images = judged.judge.images(subject.pictures("mix", torch.cat(embeds), seeds))
+    truth = [clips.indices(clips.kinds[i][0] for i in job) for job in jobs]
+    return metrics.both_found(images @ judged.names["en"].T, truth)
+
+
+def gate_strips(clips: Clips, subject: Subject, n: int = 5) -> list[dict]:
+    """For the first n classes one clip's pictures at tanh(gate) 0 to 1, from the same noise."""
+    if abs(subject.facts["tanh_gate"]) < 1e-6:
+        return []
+    some, paths = [group[0] for group in list(clips.of_class.values())[:n] if group], []
+    for gate in GATES:
+        scale = scale_of_gate(gate, subject.facts, subject.adapter_path)
+        subject.pictures("gate", subject.audio_embeds[some], [subject.args.seed + i for i in some], scale)
+        paths.append(map(str, subject.files["gate"]))
+    return [{"clip": i, "gates": list(GATES), "paths": list(strip)} for i, *strip in zip(some, *paths)]
+
+
+def evaluate(subject: Subject, judged: Judged, others: list[int], quick: bool, world) -> tuple[dict, dict]:
+    """Everything about one run: (its part of evaluation.json, the right sound's bootstraps by measure)."""
+    clips, pictures = judged.clips, subject.clip_pictures(others)
+    embeds = {sound: judged.judge.images(images) for sound, images in pictures.items()}
+    seen = {sound: (images @ judged.names["en"].T).argmax(1) for sound, images in embeds.items()}
+    table, right = measure_table(judged, embeds)
+    bins = [range(len(clips.classes) + 1)] * 2  # counts (k, k) by the sound's class and the one that is seen
+    counts = {sound: np.histogram2d(clips.truth, classes[clips.single], bins)[0].astype(int).tolist()
+              for sound, classes in seen.items()}
+    found = {"measures": table, "confusion": {"classes": clips.classes, **counts}}
+    if not quick and (jobs := pick_mixtures(clips, world)):
+        both = mixtures(judged, subject, jobs)
+        right["mix_unheard"] = boot = bootstrap(both)
+        table["mix_unheard"] = {**about(clips)["mix_unheard"], "n": len(jobs), "right": summary(*boot)}
+        found["mixes"] = [{"clips": list(job), "both_found": bool(good)} for job, good in zip(jobs, both)]
+    properties, boots = follow_properties(clips, pictures, others, world)
+    right |= {f"rho_{name}": boot for name, boot in boots.items()}
+    if properties:
+        found["properties"] = properties
+    found["diversity"] = diversity(judged, subject, embeds["right"], DIVERSITY_SEEDS // (2 if quick else 1))
+    found["gate"] = {"tanh_gate": subject.facts["tanh_gate"], "strips": gate_strips(clips, subject)}
+    found["clips"] = [{"id": row.id, "label": "+".join(clips.kinds[i]), "text": row.text,
+                       "other_clip": others[i], "audio": str(row.audio_path), "real": str(row.image_path),
+                       **{sound: {"picture": str(subject.files[sound][i]),
+                                  "seen": clips.classes[seen[sound][i]]} for sound in SOUNDS}}
+                      for i, row in enumerate(clips.rows)]
+    return found, right
+
+
+def warnings_of(spread: dict) -> list[str]:
+    """What the diversity says of mode collapse."""
+    shares = {}
+    if spread:
+        shares["only {:.2f} of one sound's pictures are distinct"] = spread["distinct_share"][0]
+    if "distance" in spread and spread["real_distance"][0] > 0:
+        share = spread["distance"][0] / spread["real_distance"][0]
+        shares["pictures of a class lie {:.2f} times as far apart as real ones"] = share
+    return [f"mode collapse: {said.format(share)}, expected at least {MIN_DIVERSITY}"
+            for said, share in shares.items() if share < MIN_DIVERSITY]
+
+
+def compare_runs(a: dict, b: dict, found: dict) -> dict:
+    """Each measure of the right sound in both runs, with the paired difference A - B and a verdict."""
+    rows = found["measures"] | {
+        f"rho_{name}": {"title": f"rho of {name}", "n": row["n"], "higher_is_better": True}
+        for name, row in found.get("properties", {}).items()}
+    return {name: {"title": rows[name]["title"], "a": a[name][0], "b": b[name][0],
+                   **metrics.compare(a[name], b[name], rows[name]["n"], rows[name]["higher_is_better"])}
+            for name in a if name in b}
+
+
+def check_judge(judged: Judged, args: argparse.Namespace) -> dict[str, list[float]]:
+    """Share of the real single-label pictures whose label the judge names, by language, which is printed.
+
+    Raises RunFailed: it is below --min-judge.
+    """
+    n, right = len(judged.clips.single), judged.measures(judged.real)
+    accuracy = {language: interval(right[f"top1_{language}"]) for language in judged.names if n}
+    parts = [f"{LANGUAGES[language]} {show_interval(values)}" for language, values in accuracy.items()]
+    print(f"the judge reads real pictures: {', '.join(parts)} (n {n})", flush=True)
+    worst = min((values[0] for values in accuracy.values()), default=1.0)
+    if worst < args.min_judge:
+        raise RunFailed(f"judge {args.judge}: names only {worst:.3f} of {n} real pictures right, expected at "
+                        f"least {args.min_judge:g}, so it may not judge; give another --judge, or lower "
+                        "--min-judge if the labels themselves are hard to tell apart")
+    return accuracy
+
+
+def evaluate_run(args: argparse.Namespace, world) -> None:
+    """Judge a run as the flags of evaluate.py say, and write evaluation.json, .md and .html into its folder.
+
+    world: measures properties in pictures, as the module clap2diffusion.world.measure does.
+    Raises RunFailed: the judge cannot read the real pictures.
+    Raises UserError: data, models or the run to compare with are missing.
+    """
+    subject = Subject(args.run, args)
+    facts, data_root = subject.facts, find_data(args, subject.adapter_path)
+    clips = Clips(data_root, args.split, args.clips, facts["image_size"])
+    judged = Judged(Judge(args.judge, pick_device(args.device, args.precision)[0]), clips)
+    accuracy = check_judge(judged, args)
+    subject.load(clips)
+    others = pick_others(clips, subject.audio_embeds, args.seed)
+    found, right = evaluate(subject, judged, others, args.quick, world)
+    evaluation = {
+        "format": 1, "run": args.run, "adapter": str(subject.adapter_path), "data_root": str(data_root),
+        "split": args.split, "n": len(clips.rows), "n_single": len(clips.single), "n_pairs": len(clips.pairs),
+        "quick": args.quick, "trained": {key: facts[key] for key in TRAINED},
+        "settings": {key: getattr(args, key) for key in SETTINGS},
+        "judge": {"name": args.judge, "accuracy": accuracy, "n": len(clips.single)}, **found,
+        "warnings": warnings_of(found["diversity"]),
+        "training": training_curves(subject.adapter_path.parent.parent), "git_commit": git_commit()}
+    if args.against:
+        other = Subject(args.against, args)
+        other.load(clips)
+        found_b, right_b = evaluate(other, judged, others, args.quick, world)
+        evaluation["against"] = {"run": args.against, "measures": found_b["measures"],
+                                 "clips": found_b["clips"], "comparison": compare_runs(right, right_b, found)}
+    write_evaluation(subject.folder / f"evaluation{'-noise' if args.noise else ''}", evaluation)
+
+
+def write_evaluation(stem: Path, evaluation: dict) -> None:
+    """Write the evaluation as stem.json, stem.md and stem.html, and print its tables."""
+    text = TEMPLATES.get_template("evaluation.md.j2").render(e=evaluation)
+    write_json(stem.with_suffix(".json"), evaluation)
+    write_atomic(stem.with_suffix(".md"), text.encode())
+    write_atomic(stem.with_suffix(".html"), page.render(evaluation).encode())
+    print(f"\n{text}\n{stem}.html: sounds, pictures, plots: open it in a browser\n{stem}.md: the tables\n"
+          f"{stem}.json: every figure", flush=True)

@@ -1,0 +1,1 @@
+"""Data that we make ourselves: the sound world, its measure in a picture, Tux Paint's stamps."""

@@ -1,0 +1,75 @@
+"""Print the shell assignments of run_all_stages.sh: each stage's flags, checked against all stages first.
+
+    python tools/plan.py configs/tiny.json --seed 1     # every flag goes to the stages that know it
+"""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import evaluate  # noqa: E402
+import train_stage1  # noqa: E402
+import train_stage2  # noqa: E402
+import train_stage3  # noqa: E402
+from clap2diffusion.base.exits import UserError, run_main  # noqa: E402
+from clap2diffusion.base.files import read_json  # noqa: E402
+from clap2diffusion.base.settings import nearest, parse_config, rank_growth  # noqa: E402
+
+STAGES = (train_stage1, train_stage2, train_stage3)
+
+
+def with_values(flags: list[str], known: list[set[str]]) -> list[list[str]]:
+    """Each flag with its values. Raises UserError where a value comes first or no stage knows a flag."""
+    groups: list[list[str]] = []
+    for token in flags:
+        if not token.startswith("--") and not groups:
+            raise UserError(f"got {token!r} after the config, expected a flag --name")
+        if token.startswith("--"):
+            groups.append([])
+        groups[-1].append(token)
+    for flag in (group[0].split("=")[0] for group in groups):
+        if flag in ("--config", "--name", "--init-from", "--dry-run", "--help"):
+            raise UserError(f"{flag} is for one stage alone; give it to python train_stageN.py")
+        if not any(flag in options for options in known):
+            raise UserError(f"no stage knows {flag}; {nearest(flag, set().union(*known))}")
+    return groups
+
+
+def lists_for_scripts(config: str) -> dict[str, list[str]]:
+    """What a config gives to prepare_data.py and evaluate.py. Raises UserError if they could not take it."""
+    lists = {"data": [], "evaluate": ["--judge", ""]}
+    lists |= {key: value for key, value in read_json(config).items() if key in lists}
+    for key, script in (("data", "prepare_data.py"), ("evaluate", "evaluate.py")):
+        if not isinstance(lists[key], list) or not all(isinstance(token, str) for token in lists[key]):
+            raise UserError(f"{config}: {key} is {json.dumps(lists[key])}, expected a list of texts, "
+                            f"as for {script}")
+    evaluate.build_parser().parse_args(lists["evaluate"])
+    return lists
+
+
+def plan(config: str, flags: list[str]) -> None:
+    """Print the assignments. Raises UserError for any mistake that a stage itself would find."""
+    parsers = [stage.build_parser() for stage in STAGES]
+    known = [{option for action in parser._actions for option in action.option_strings} for parser in parsers]
+    groups, resolved = with_values(flags, known), []
+    for number, (parser, options) in enumerate(zip(parsers, known, strict=True), start=1):
+        args = ["--config", config]
+        args += [token for group in groups if group[0].split("=")[0] in options for token in group]
+        resolved.append(parse_config(parser, f"stage{number}", args))
+        print(f"STAGE{number}=({shlex.join(args)})")
+    rank_growth(resolved[1])
+    for key in ("run", "data_root", "base_model", "clap_model", "image_size"):
+        if len({getattr(cfg, key) for cfg in resolved}) > 1:
+            raise UserError(f"{config}: {key} differs between the stages; set it once, in the section common")
+    lists = lists_for_scripts(config)
+    if resolved[0].origin.get("data_root") == "flag":  # the user's own data: nothing is to be made
+        lists["data"] = []
+    print(f"DATA=({shlex.join(lists['data'])})\nEVALUATE=({shlex.join(lists['evaluate'])})\n"
+          f"RUN={shlex.quote(resolved[0].run)}\nDEVICE={resolved[0].device}")
+
+
+if __name__ == "__main__":
+    run_main(lambda: plan(sys.argv[1], sys.argv[2:]))
