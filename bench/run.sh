@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every benchmark that a CPU can do, one after another, into bench/results/ (about two and a half hours on two cores; leave the machine
-# alone meanwhile). What the tables of the README are made from.
+# alone meanwhile). The tables of docs/ are made from them.
 #
 #   bash bench/run.sh                  # the few-step table needs the default run: bash run_all_stages.sh
 #   bash bench/run.sh --smoke          # everything small, keeps no result
