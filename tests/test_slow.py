@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, interrupt_sweep, ok, script
 
+from ablations.run import VARIANTS
+
 pytestmark = pytest.mark.slow
 
 
@@ -30,22 +32,22 @@ def test_ablations_run_small(tmp_path):
     shutil.copytree(ROOT, place,
                     ignore=shutil.ignore_patterns(".git", ".venv", "runs", "data", "cache", "__pycache__"))
     for path in (place / "ablations").glob("*.json"):
-        if path.stem == "results":
-            continue
         config = json.loads(path.read_text())
         config["common"] |= {"data_root": str(world), "batch_size": 4, "val_draws": 1}
         for stage in ("stage1", "stage2", "stage3"):
             config[stage] |= {"steps": 3}
         path.write_text(json.dumps(config))
-    command = [sys.executable, "ablations/run.py", "--seeds", "0", "--clips", "20", "--only", "tokens-1",
-               "windows-2", "appended", "no-lora", "gate-0"]
+    names = ["tokens-1", "windows-2", "appended", "no-lora", "gate-0"]
+    command = [sys.executable, "ablations/run.py", "--seeds", "0", "--clips", "20", "--only", *names]
     for _ in range(2):
         done = ok(subprocess.run(command, cwd=place, capture_output=True, text=True))
     assert done.stdout.count("already complete") == 7
-    results = json.loads((place / "ablations/results.json").read_text())
-    assert list(results["variants"]) == ["tokens-1", "windows-2", "appended", "no-lora", "gate-0"]
-    assert results["variants"]["gate-0"]["tanh_gate"] == [0.0]
-    assert results["variants"]["tokens-1"]["measures"]["iis_cosine"]["difference"][0] != 0
+    table = (place / "ablations/results.md").read_text().splitlines()[4:]
+    rows = [[cell.strip(" *") for cell in line.strip("| ").split(" | ")] for line in table if line]
+    variants = [row for row in rows if row[0] != "default"]
+    assert [row[0] for row in variants] == [VARIANTS[name][0] for name in names]
+    assert variants[-1][-1] == "0.00"  # tanh(gate) of gate-0
+    assert float(variants[0][8].split("(")[1].split(" ")[0]) != 0  # IIS cosine of tokens-1 less the default's
 
 
 @pytest.mark.parametrize("name, tables", [("run", 10), ("gpu", 5)])
