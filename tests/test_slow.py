@@ -14,8 +14,6 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, interrupt_sweep, ok, script
 
-from ablations.run import VARIANTS
-
 pytestmark = pytest.mark.slow
 
 
@@ -42,6 +40,7 @@ def test_ablations_run_small(tmp_path):
     for _ in range(2):
         done = ok(subprocess.run(command, cwd=place, capture_output=True, text=True))
     assert done.stdout.count("already complete") == 7
+    from ablations.run import VARIANTS  # which loads torch; the suite collects this file as well
     table = (place / "ablations/results.md").read_text().splitlines()[4:]
     rows = [[cell.strip(" *") for cell in line.strip("| ").split(" | ")] for line in table if line]
     variants = [row for row in rows if row[0] != "default"]
