@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 
 from clap2diffusion.base.exits import run_main
-from clap2diffusion.base.settings import GUIDANCE, SCHEDULERS, Number, new_parser
+from clap2diffusion.base.settings import GUIDANCE, SCHEDULERS, SEED, Number, new_parser
 
 QUICK_CLIPS = 100
 
@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--steps", type=Number(int, 1, 1000), default=25, help="sampling steps")
     add("--scheduler", choices=[*SCHEDULERS], default="base",
         help="base = the base model's own; dpm, unipc: made for few steps")
-    add("--seed", type=Number(int, 0, 2 ** 31 - 1), default=0, help="clip i starts from noise seed + i")
+    add("--seed", type=SEED, default=0, help="clip i starts from noise seed + i")
     add("--gate", type=Number(float, 0, 1), default=None, help="tanh(gate) instead of the learned one")
     add("--noise", action="store_true",
         help="control: noise for the audio tokens, all must fall to chance; writes evaluation-noise.*")

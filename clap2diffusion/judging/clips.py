@@ -10,6 +10,7 @@ import numpy as np
 
 from clap2diffusion.base.exits import UserError
 from clap2diffusion.base.files import read_json
+from clap2diffusion.base.hub import resolve_model
 from clap2diffusion.dataset.decoding import BadFile, load_picture, read_windows
 from clap2diffusion.dataset.manifest import Row, read_manifest
 from clap2diffusion.pictures.inputs import adapter_facts, find_adapter
@@ -20,16 +21,27 @@ STAGES = ("stage1", "stage2", "stage3")
 def check_run(args: argparse.Namespace) -> bool:
     """Look at what is to be judged, or without a judge reported on. Returns whether all stages have ended.
 
-    Raises UserError: no adapter or no data to judge; without a judge, a stage that has not ended.
+    Raises UserError: no adapter, data or judge; without a judge, a stage that has not ended.
     """
     if args.judge:
         adapter_path = find_adapter(args.run)
         find_data(args, adapter_path)
         adapter_facts(adapter_path)
         find_adapter(args.against or args.run)
+        find_judge(args.judge)
     else:
         read_results(Path(args.run))
     return all((Path(args.run) / stage / "result.json").exists() for stage in STAGES)
+
+
+def find_judge(name: str) -> Path:
+    """The folder of a judge. Raises UserError: no such model, or one that is no fixed-size SigLIP."""
+    folder = resolve_model(name, "judge")
+    kind = read_json(folder / "config.json").get("model_type")
+    if kind != "siglip":
+        raise UserError(f"judge {name}: is a {kind!r} model; expected a SigLIP with one picture size, "
+                        "such as google/siglip2-so400m-patch14-384")
+    return folder
 
 
 def read_results(run: Path) -> dict[str, dict]:

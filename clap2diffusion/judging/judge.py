@@ -11,9 +11,7 @@ from torch.nn.functional import normalize
 from transformers import AutoTokenizer, SiglipImageProcessorPil, SiglipModel
 
 from clap2diffusion.base.device import quiet_libraries
-from clap2diffusion.base.exits import UserError
-from clap2diffusion.base.files import read_json
-from clap2diffusion.base.hub import resolve_model
+from clap2diffusion.judging.clips import find_judge
 
 
 class Judge:
@@ -23,11 +21,7 @@ class Judge:
     """
 
     def __init__(self, name: str | Path, device: torch.device | str = "cpu", batch_size: int = 64):
-        folder = resolve_model(str(name), "judge")
-        kind = read_json(folder / "config.json").get("model_type")
-        if kind != "siglip":
-            raise UserError(f"judge {name}: is a {kind!r} model; expected a SigLIP with one picture size, "
-                            "such as google/siglip2-so400m-patch14-384")
+        folder = find_judge(str(name))
         quiet_libraries()
         self.model = SiglipModel.from_pretrained(folder, dtype=torch.float32).eval().to(device)
         self.processor = SiglipImageProcessorPil.from_pretrained(folder)
