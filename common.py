@@ -2,8 +2,7 @@
 
 Shapes: B samples of a batch, n clips, k CLAP windows of a clip, M views of a picture (plain, mirrored), N
 audio tokens, L text tokens, Q places in the picture, D width of the UNet's cross-attention (768 for SD 1.5),
-E width of CLAP's embedding (512), C x h x w latents. Nothing here knows which stage is running.
-"""
+E width of CLAP's embedding (512), C x h x w latents. Nothing here knows which stage is running."""
 
 import math
 from contextlib import contextmanager
@@ -19,9 +18,6 @@ from clap2diffusion.base.exits import RunFailed, UserError
 from clap2diffusion.base.statistics import interval
 from clap2diffusion.base.tensor_file import state_of, write_tensors
 
-VALIDATED = ("val_right", "val_silence", "val_other", "silence_minus_right", "other_minus_right")
-
-
 # --- the audio adapter --------------------------------------------------------------------------------------
 
 class AudioProjectionMLP(nn.Module):
@@ -29,8 +25,7 @@ class AudioProjectionMLP(nn.Module):
 
     The shape is IP-Adapter FaceID's projection (Ye et al. 2023, arXiv 2308.06721, and diffusers'
     IPAdapterFaceIDImageProjection). CLAP's vector has unit length, so its entries are about 1/sqrt(E); the
-    factor sqrt(E) brings them to unit size.
-    """
+    factor sqrt(E) brings them to unit size."""
     NEAR_LINEAR = 0.3
 
     def __init__(self, input_dim: int, output_dim: int, num_tokens: int = 8):
@@ -43,13 +38,11 @@ class AudioProjectionMLP(nn.Module):
     @torch.no_grad()
     def whiten(self, audio_embeds: Tensor) -> None:
         """Make the first layer whiten the training set's audio_embeds (n, E), and keep it so.
-
         CLAP's embeddings vary mostly between classes. Pitch and rate lie in directions of less variance,
         which an unwhitened layer learns last. This is ZCA whitening (Bell & Sejnowski 1997). Variances
         under a tenth of their mean stay small, since they are noise. NEAR_LINEAR makes the layer's output
         small. Small inputs keep GELU nearly linear, so the tokens of two sounds add up, even for a pair that
-        training never had. A trained or larger first layer memorises the pairs of training instead.
-        """
+        training never had. A trained or larger first layer memorises the pairs of training instead."""
         x = audio_embeds.double().cpu() * math.sqrt(self.input_dim)
         mean, covariance = x.mean(0), torch.cov(x.T)
         variances, directions = torch.linalg.eigh(covariance)
@@ -76,8 +69,7 @@ class AudioAttentionAdapter(nn.Module):
 
     Holds bias-free audio K and V for each of the UNet's cross-attentions, begun as copies of the text K and
     V, and one gate shared by all (a scalar, as in Flamingo, Alayrac et al. 2022, eq. 3). `attach` puts them
-    into a UNet, which then takes encoder_hidden_states = (text_tokens (B, L, D), audio_tokens (B, N, D)).
-    """
+    into a UNet, which then takes encoder_hidden_states = (text_tokens (B, L, D), audio_tokens (B, N, D))."""
 
     def __init__(self, unet: nn.Module, strength: float):
         """strength: tanh(gate) to begin with, in (-1, 1)."""
@@ -111,8 +103,7 @@ class AudioAttnProcessor:
     """diffusers' AttnProcessor2_0 for a cross-attention, with the second, gated attention over audio tokens.
 
     A plain object that refers to the adapter, so the UNet does not own the adapter's weights. A gate of 0
-    still gets a gradient (diffusers' IP-Adapter processor skips its branch at scale 0).
-    """
+    still gets a gradient (diffusers' IP-Adapter processor skips its branch at scale 0)."""
 
     def __init__(self, adapter: AudioAttentionAdapter, index: int):
         self.adapter, self.index = adapter, index
@@ -227,8 +218,7 @@ class Draws:
     """The random numbers of one step: a function of nothing but the key, e.g. (seed, step, micro-step).
 
     Each of several processes draws for the whole batch and keeps its own rows, so their number changes no
-    draw. Also seeds the global generator, from which dropout draws, differently in each process.
-    """
+    draw. Also seeds the global generator, from which dropout draws, differently in each process."""
 
     def __init__(self, *key: int):
         self.rank, self.world = processes.rank(), processes.world()
@@ -254,9 +244,7 @@ class Draws:
 
 def draw_latents(batch: dict, draws: Draws) -> Tensor:
     """A sample of the VAE's posterior from the cached mean and std (B, M, C, h, w) -> latents (B, C, h, w).
-
-    Both are times the VAE's scaling factor already. M is 2 where mirrored pictures are cached too.
-    """
+    Both are times the VAE's scaling factor already. M is 2 where mirrored pictures are cached too."""
     mean, std = batch["latents_mean"], batch["latents_std"]
     which = draws.integers(0, mean.shape[1], len(mean))
     mean, std = mean[range(len(mean)), which], std[range(len(mean)), which]
@@ -282,10 +270,8 @@ def draw_window(batch: dict, draws: Draws) -> Tensor:
 def drop_conditions(text_tokens: Tensor, audio_embeds: Tensor, empty_text: Tensor, caption_drop: float,
                     audio_drop: float, both_drop: float, draws: Draws) -> tuple[Tensor, Tensor]:
     """Replace, sample by sample, the caption by the empty one, the sound by the null audio (zeros), or both.
-
     text_tokens (B, L, D), audio_embeds (B, E), empty_text (L, D); three shares, together at most 1. One draw
-    decides for each sample, as in IP-Adapter's training.
-    """
+    decides for each sample, as in IP-Adapter's training."""
     draw = draws.uniform(len(text_tokens))
     drop_text = draw < both_drop + caption_drop
     drop_audio = (draw < both_drop) | (~drop_text & (draw < both_drop + caption_drop + audio_drop))
@@ -310,8 +296,7 @@ def mse_per_sample(pred: Tensor, target: Tensor) -> Tensor:
 
 def min_snr_weights(scheduler, timesteps: Tensor, gamma: float) -> Tensor:
     """Loss weights (B,) of Min-SNR-gamma (Hang et al. 2023, arXiv 2303.09556, section 3.4); ones for gamma 0:
-    min(SNR, gamma) / SNR for a predicted noise, min(SNR, gamma) / (SNR + 1) for a predicted velocity.
-    """
+    min(SNR, gamma) / SNR for a predicted noise, min(SNR, gamma) / (SNR + 1) for a predicted velocity."""
     if not gamma:
         return torch.ones(timesteps.shape, device=timesteps.device)
     alpha_bar = scheduler.alphas_cumprod.to(timesteps.device, torch.float32)[timesteps]
@@ -330,9 +315,7 @@ class FiniteCheck:
 
     def __call__(self, step: int, loss: Tensor, grad_norm: Tensor) -> bool:
         """True if loss and gradient norm are finite. Waits for the device.
-
-        Raises RunFailed: three steps in a row were not finite.
-        """
+        Raises RunFailed: three steps in a row were not finite."""
         finite = bool(torch.isfinite(loss + grad_norm))
         self.in_a_row = 0 if finite else self.in_a_row + 1
         if not finite:
@@ -351,12 +334,10 @@ class FiniteCheck:
 
 def other_sounds(labels: list[str | None], audio_embeds: Tensor, seed: int) -> list[int]:
     """For each clip the index of another one: never its own recording, and none of its labels if possible.
-
     labels: `a` or `a+b`; audio_embeds: (n, E) of unit length. Clips that CLAP hears alike (cosine above
     0.999) count as one recording, so a copy under another name is no "other".
 
-    Raises UserError: there is one recording only.
-    """
+    Raises UserError: there is one recording only."""
     rng, others = np.random.default_rng([seed, 77]), []
     alike = (audio_embeds @ audio_embeds.T > 0.999).numpy() | np.eye(len(labels), dtype=bool)
     heard = [set((label or "").split("+")) for label in labels]
@@ -373,12 +354,10 @@ def other_sounds(labels: list[str | None], audio_embeds: Tensor, seed: int) -> l
 def validation_losses(predict, val, scheduler, device, autocast, cfg,
                       sounds: tuple[str, ...] = ("right", "silence", "other")) -> dict[str, np.ndarray]:
     """Loss of each validation clip with each sound, on fixed noise and timesteps: {sound: (n,) float64}.
-
     predict(noisy_latents, timesteps, text_tokens, audio_embeds) -> pred. Silence is the null audio, the zero
     embedding. The caption is empty, so that no class name explains what only the sound should. A clip shows
     its plain view, the posterior's mean and its first window, at `val_draws` timesteps, one from each equal
-    part of the schedule. No loss weights.
-    """
+    part of the schedule. No loss weights."""
     n = min(len(val), cfg.val_clips or len(val))
     rows = [val[i] for i in range(n)]
     right = torch.stack([row["audio_embeds"][0] for row in rows])  # (n, E)
@@ -407,30 +386,26 @@ def validate(predict, val, scheduler, device, autocast, cfg) -> dict[str, list[f
     """[mean, low, high] of the loss with each sound, and of silence and other minus right, paired by clip,
     each with its 95 % interval. Rank 0 measures, the others wait; all get its numbers and decide alike."""
     if not processes.first():
-        return processes.of_first(None, VALIDATED)
+        return processes.of_first(None)
     losses = validation_losses(predict, val, scheduler, device, autocast, cfg)
     result = {f"val_{sound}": interval(values) for sound, values in losses.items()}
     for sound in ("silence", "other"):
         result[f"{sound}_minus_right"] = interval(losses[sound] - losses["right"])
-    return processes.of_first(result, VALIDATED)
+    return processes.of_first(result)
 
 
 # --- checkpoints: base/tensor_file.py writes and reads the bytes, engine/run_folder.py keeps the files ------
 
 def save_checkpoint(path: Path, objects: dict, header: dict) -> None:
     """Write every registered object's state_dict and the header into one safetensors file; rank 0 does it.
-
-    Raises RunFailed: a weight is not finite (nothing is written), or the disk is full.
-    """
+    Raises RunFailed: a weight is not finite (nothing is written), or the disk is full."""
     if processes.first():
         write_tensors(path, header, {name: part.state_dict() for name, part in objects.items()})
 
 
 def load_checkpoint(path: Path, header: dict, tensors: dict[str, Tensor], objects: dict) -> None:
     """Load the registered objects from what read_tensors(path) gave: none missing, none of another size.
-
-    Raises UserError: an object or a tensor is missing, or a shape differs (both sides shown).
-    """
+    Raises UserError: an object or a tensor is missing, or a shape differs (both sides shown)."""
     for name, part in objects.items():
         state = state_of(name, path, header, tensors)
         # of an optimizer nothing is compared

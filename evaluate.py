@@ -7,8 +7,7 @@
 
 The judge (a SigLIP) first reads the real pictures; if it cannot, nothing is judged. Every clip keeps its
 starting noise for all sounds and runs. Pictures are kept in RUN/evaluation, so the same command goes on where
-it stopped. A run with three finished stages also gets samples.png, report.json, report.md and its adapter.
-"""
+it stopped. A run with three finished stages also gets samples.png, report.json, report.md and its adapter."""
 
 import argparse
 from pathlib import Path

@@ -6,8 +6,7 @@
 
 A manifest has one JSON object a line: image_file_name, audio_file_name, text, label, split (train, val or
 test). The sound world adds `properties` (what was drawn, for measuring later) and labels.json (a plain
-caption of each label in English and Korean, for judging). The same flags always give the same bytes.
-"""
+caption of each label in English and Korean, for judging). The same flags always give the same bytes."""
 
 import argparse
 
@@ -51,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     elif args.command == "world":
         from clap2diffusion.world.making import make_world as command
     else:
-        from clap2diffusion.world.tux_paint import make_tuxpaint as command
+        from clap2diffusion.world.making import make_tuxpaint as command
     command(args)
 
 

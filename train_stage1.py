@@ -8,8 +8,7 @@ Out: RUN/stage1/adapter.safetensors, which stock diffusers loads as an IP-Adapte
 
     python train_stage1.py                                                    # the built-in default, CPU
     python train_stage1.py --config configs/sd15.json --data-root my_data     # SD 1.5 and CLAP
-    the same command again                                                    # resumes where it stood
-"""
+    the same command again                                                    # resumes where it stood"""
 
 import argparse
 import functools
@@ -81,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
 
     import common
     from clap2diffusion.base import processes
-    from clap2diffusion.engine.memory import hold_unet
+    from clap2diffusion.base.device import hold_unet
     from clap2diffusion.engine.stage import StageRun
 
     # device, output folder under its lock, features

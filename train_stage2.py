@@ -7,8 +7,7 @@ In: RUN/stage1/final.safetensors. Out: RUN/stage2/adapter.safetensors, for stock
 
     python train_stage2.py                                                    # the built-in default, CPU
     python train_stage2.py --config configs/sd15.json --data-root my_data     # SD 1.5 and CLAP
-    the same command again                                                    # resumes where it stood
-"""
+    the same command again                                                    # resumes where it stood"""
 
 import argparse
 import functools
@@ -83,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
 
     import common
     from clap2diffusion.base import processes
-    from clap2diffusion.engine.memory import hold_unet
+    from clap2diffusion.base.device import hold_unet
     from clap2diffusion.engine.stage import StageRun
 
     # device, output folder under its lock, features

@@ -9,8 +9,7 @@ In: RUN/stage2/final.safetensors. Out: RUN/stage3/adapter.safetensors, for stock
 
     python train_stage3.py                                                    # the built-in default, CPU
     python train_stage3.py --config configs/sd15.json --data-root my_data     # SD 1.5 and CLAP
-    the same command again                                                    # resumes where it stood
-"""
+    the same command again                                                    # resumes where it stood"""
 
 import argparse
 import functools
@@ -81,8 +80,8 @@ def main(argv: list[str] | None = None) -> None:
 
     import common
     from clap2diffusion.base import processes
+    from clap2diffusion.base.device import hold_unet
     from clap2diffusion.engine.gate_sweep import conclude, sweep_gate
-    from clap2diffusion.engine.memory import hold_unet
     from clap2diffusion.engine.stage import StageRun
 
     # device, output folder under its lock, features

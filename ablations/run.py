@@ -7,8 +7,7 @@ default.json is configs/tiny.json with fewer steps; every other config differs f
 asks about. A variant is trained through the stages named in VARIANTS and judged after the last of them,
 against the default after the same stage. Clips of all seeds are pooled; differences are paired by (seed,
 clip). Each stage's folder under --out keeps its judged-*.json, from which ablations/results.md is written.
-`appended` is train_stage1.py copied and changed by appended.patch.
-"""
+`appended` is train_stage1.py copied and changed by appended.patch."""
 
 import argparse
 import io
@@ -34,12 +33,11 @@ from clap2diffusion.base.hub import BASE_PARTS, resolve_model  # noqa: E402
 from clap2diffusion.base.settings import Number, new_parser  # noqa: E402
 from clap2diffusion.base.statistics import bootstrap, summary  # noqa: E402
 from clap2diffusion.base.tensor_file import read_tensors  # noqa: E402
-from clap2diffusion.dataset.encoders import CLAPAudioEncoder  # noqa: E402
 from clap2diffusion.judging.clips import Clips  # noqa: E402
 from clap2diffusion.judging.evaluation import Judged, Subject, follow_properties  # noqa: E402
 from clap2diffusion.judging.judge import Judge  # noqa: E402
 from clap2diffusion.judging.metrics import bootstrap_spearman  # noqa: E402
-from clap2diffusion.pictures.sound_algebra import embed  # noqa: E402
+from clap2diffusion.pictures.generation import embed, load_clap  # noqa: E402
 from clap2diffusion.world import measure, sound_world  # noqa: E402
 
 VARIANTS = {  # name: (question, stages trained); none: the default's stage 3 under another gate
@@ -65,38 +63,25 @@ MEASURES = {"top1_en": "top-1", "pairs": "both of two found", "rho_loudness": "r
             "iis_cosine": "IIS cosine"}
 
 
-def parse_flags() -> argparse.Namespace:
-    parser = new_parser(__doc__)
-    add = parser.add_argument
-    add("--only", nargs="+", choices=[*VARIANTS], default=[*VARIANTS], help="variants to run")
-    add("--seeds", nargs="+", type=Number(int, 0), default=[0, 1, 2], help="training seeds")
-    add("--clips", type=Number(int, 15), default=100, help="test clips judged, evenly spread over the split")
-    add("--out", default="runs/ablations", help="folder of the runs")
-    return parser.parse_args()
-
-
 def make_long_world(world: Path, out: Path) -> None:
     """The world with training clips of 8 s: after each clip another take of the same sources."""
     if (out / "metadata.jsonl").exists():
         return
     for kind in ("audio", "images"):
         (out / kind).mkdir(parents=True, exist_ok=True)
-    lines = []
-    for line in (world / "metadata.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        if row["split"] == "test":
-            continue
+    lines = [line for line in (world / "metadata.jsonl").read_text().splitlines(keepends=True)
+             if json.loads(line)["split"] != "test"]
+    for i, row in enumerate(map(json.loads, lines)):
         waveform, rate = soundfile.read(world / row["audio_file_name"], dtype="float32")
         if row["split"] == "train":
             sources = tuple(sound_world.Source(**source) for source in row["properties"]["sources"])
-            state = sound_world.State(sources, row["properties"]["density"], 2 ** 31 + len(lines))
+            state = sound_world.State(sources, row["properties"]["density"], 2 ** 31 + i)
             waveform = np.concatenate([waveform, sound_world.synthesise(state)])
         sound = io.BytesIO()
         soundfile.write(sound, waveform, rate, format="WAV")
         write_atomic(out / row["audio_file_name"], sound.getvalue())
         write_atomic(out / row["image_file_name"], (world / row["image_file_name"]).read_bytes())
-        lines.append(line)
-    write_atomic(out / "metadata.jsonl", ("\n".join(lines) + "\n").encode())
+    write_atomic(out / "metadata.jsonl", "".join(lines).encode())
 
 
 def train(name: str, seed: int, stages: tuple, out: Path, default: Path) -> Path:
@@ -121,46 +106,45 @@ def train(name: str, seed: int, stages: tuple, out: Path, default: Path) -> Path
     return run / f"stage{stages[-1]}"
 
 
-class Appended:
+@torch.inference_mode()
+def appended_pictures(path: Path, clips: Clips, options: argparse.Namespace) -> list:
     """Pictures of the `appended` variant, whose tokens the stock pipeline takes as prompt_embeds."""
-
-    def __init__(self, folder: str, args: argparse.Namespace):
-        self.path, self.args = Path(folder) / "final.safetensors", args
-        self.header, self.tensors = read_tensors(self.path)
-
-    def load(self, clips: Clips) -> None:
-        base = resolve_model(self.header["base_model"], "base model", BASE_PARTS)
-        encoder = CLAPAudioEncoder(resolve_model(self.header["clap_model"], "CLAP model"))
-        self.audio_embeds = torch.cat([embed(encoder, str(row.audio_path)) for row in clips.rows])
-        self.pipe = diffusers.StableDiffusionPipeline.from_pretrained(
-            base, safety_checker=None, requires_safety_checker=False)
-        self.pipe.set_progress_bar_config(disable=True)
-        dims = self.header["dims"]
-        self.audio_proj = common.AudioProjectionMLP(dims["audio_embed"], dims["width"], dims["num_tokens"])
-        common.load_checkpoint(self.path, self.header, self.tensors, {"audio_proj": self.audio_proj})
-
-    @torch.inference_mode()
-    def pictures(self, _: str, audio_embeds: torch.Tensor, seeds: list[int]) -> list:
-        text, images = self.pipe.encode_prompt("", "cpu", 1, False)[0], []
-        for at in range(0, len(seeds), self.args.batch_size):
-            tokens = self.audio_proj(audio_embeds[at:at + self.args.batch_size])
-            silence = self.audio_proj(torch.zeros_like(audio_embeds[:1])).expand(len(tokens), -1, -1)
-            heard, nothing = (torch.cat([text.expand(len(x), -1, -1), x], 1) for x in (tokens, silence))
-            images += self.pipe(
-                prompt_embeds=heard, negative_prompt_embeds=nothing, guidance_scale=self.args.guidance,
-                num_inference_steps=self.args.steps,
-                generator=[torch.Generator().manual_seed(s) for s in seeds[at:at + len(tokens)]]).images
-        return images
+    header, tensors = read_tensors(path)
+    base = resolve_model(header["base_model"], "base model", BASE_PARTS)
+    encoder = load_clap("", header, path)
+    audio_embeds = torch.cat([embed(encoder, str(row.audio_path)) for row in clips.rows])
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(base, safety_checker=None,
+                                                             requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    dims = header["dims"]
+    audio_proj = common.AudioProjectionMLP(dims["audio_embed"], dims["width"], dims["num_tokens"])
+    common.load_checkpoint(path, header, tensors, {"audio_proj": audio_proj})
+    text, images = pipe.encode_prompt("", "cpu", 1, False)[0], []
+    for at in range(0, len(audio_embeds), options.batch_size):
+        tokens = audio_proj(audio_embeds[at:at + options.batch_size])
+        silence = audio_proj(torch.zeros_like(audio_embeds[:1])).expand(len(tokens), -1, -1)
+        heard, nothing = (torch.cat([text.expand(len(x), -1, -1), x], 1) for x in (tokens, silence))
+        generators = [torch.Generator().manual_seed(seed) for seed in range(at, at + len(tokens))]
+        images += pipe(prompt_embeds=heard, negative_prompt_embeds=nothing, generator=generators,
+                       guidance_scale=options.guidance, num_inference_steps=options.steps).images
+    return images
 
 
-def judge_run(folder: Path, name: str, gate: float | None, judged: Judged) -> dict[str, list]:
-    """Per-clip values of the right sound's pictures, {measure: list}; of a rho [in the sound, measured]."""
+def judge_run(folder: Path, name: str, judged: Judged, n: int, gate: float | None = None) -> dict[str, list]:
+    """Per-clip values of the right sound's pictures, {measure: list}; of a rho [in the sound, measured]. A
+    file for n clips in the folder keeps them. Raises UserError: too few clips for a rho."""
+    kept = folder / f"judged-{n}{'' if gate is None else f'-{gate:.2f}'}.json"
+    if kept.exists():
+        return read_json(kept)
     clips, everyone = judged.clips, list(range(len(judged.clips.rows)))
     options = evaluate.build_parser().parse_args(["--run", str(folder)])
     options.gate = gate
-    subject = (Appended if name == "appended" else Subject)(str(folder), options)
-    subject.load(clips)
-    images = subject.pictures("right", subject.audio_embeds, everyone)
+    if name == "appended":
+        images = appended_pictures(folder / "final.safetensors", clips, options)
+    else:
+        subject = Subject(str(folder), options)
+        subject.load(clips)
+        images = subject.pictures("right", subject.audio_embeds, everyone)
     values = judged.measures(judged.judge.images(images))
     found = {key: values[key].tolist() for key in ("top1_en", "iis_cosine")}
     found["pairs"] = [float(v) for key in ("pairs_heard", "pairs_unheard") for v in values.get(key, ())]
@@ -168,7 +152,8 @@ def judge_run(folder: Path, name: str, gate: float | None, judged: Judged) -> di
     if not properties:
         raise UserError(f"{clips.data_root}: fewer than 10 of the {len(everyone)} clips hold one sound, too "
                         "few for a rho; give more --clips or data with more test clips")
-    return found | {f"rho_{key}": value["points"] for key, value in properties.items()}
+    write_json(kept, found | {f"rho_{key}": value["points"] for key, value in properties.items()})
+    return read_json(kept)
 
 
 def pooled(runs: list[dict], key: str) -> tuple[float, np.ndarray]:
@@ -186,29 +171,28 @@ def cell(variant: list[dict], default: list[dict], key: str) -> str:
 
 
 def main() -> None:
-    args = parse_flags()
+    parser = new_parser(__doc__)
+    add = parser.add_argument
+    add("--only", nargs="+", choices=[*VARIANTS], default=[*VARIANTS], help="variants to run")
+    add("--seeds", nargs="+", type=Number(int, 0), default=[0, 1, 2], help="training seeds")
+    add("--clips", type=Number(int, 15), default=100, help="test clips judged, evenly spread over the split")
+    add("--out", default="runs/ablations", help="folder of the runs")
+    args = parser.parse_args()
     out, settings = Path(args.out), read_json(HERE / "default.json")["common"]
     defaults = {seed: out / f"default-{seed}" for seed in args.seeds}
     for seed, folder in defaults.items():
         train("default", seed, (1, 2, 3), out, folder)
     judged = Judged(Judge("assets/tiny/judge"),
                     Clips(settings["data_root"], "test", args.clips, settings["image_size"]))
-
-    def values(folder: Path, name: str, gate: float | None = None) -> dict:
-        kept = folder / f"judged-{args.clips}{'' if gate is None else f'-{gate:.2f}'}.json"
-        if not kept.exists():
-            write_json(kept, judge_run(folder, name, gate, judged))
-        return read_json(kept)
-
-    seeds = ", ".join(map(str, args.seeds))
-    lines = [f"`python ablations/run.py`, seeds {seeds}, {args.clips} test clips each, pooled; value and "
-             "difference to the default after the same stage, paired, 95 % interval; bold where it excludes "
-             "0.", "",
+    lines = [f"`python ablations/run.py`, seeds {', '.join(map(str, args.seeds))}, {args.clips} test clips "
+             "each, pooled; value and difference to the default after the same stage, paired, 95 % interval; "
+             "bold where it excludes 0.", "",
              f"| variant | judged after | {' | '.join(MEASURES.values())} | tanh(gate) |",
              "|---|---|" + "---|" * (len(MEASURES) + 1)]
     after = {}
     for stage in (1, 2, 3):
-        after[stage] = [values(folder / f"stage{stage}", "default") for folder in defaults.values()]
+        after[stage] = [judge_run(folder / f"stage{stage}", "default", judged, args.clips)
+                        for folder in defaults.values()]
         cells = [f"{pooled(after[stage], key)[0]:.3f}" for key in MEASURES]
         lines.append(f"| default | stage {stage} | {' | '.join(cells)} | |")
     for name in args.only:
@@ -220,11 +204,10 @@ def main() -> None:
             gate = {"gate-0": 0.0, "gate-1": 1.0}.get(name)
             if name == "gate-sweep-minimum":
                 gate = min(result["sweep_after"], key=lambda row: row["loss"])["tanh_gate"]
-            found.append(values(folder, name, gate))
+            found.append(judge_run(folder, name, judged, args.clips, gate))
             gates += [result["tanh_gate"] if gate is None else gate] if last == 3 else []
-        cells = [cell(found, after[last], key) for key in MEASURES]
-        cells.append(", ".join(f"{gate:.2f}" for gate in gates))
-        lines.append(f"| {question} | stage {last} | {' | '.join(cells)} |")
+        cells, gates = [cell(found, after[last], key) for key in MEASURES], [f"{gate:.2f}" for gate in gates]
+        lines.append(f"| {question} | stage {last} | {' | '.join(cells)} | {', '.join(gates)} |")
         write_atomic(HERE / "results.md", ("\n".join(lines) + "\n").encode())
         print(lines[-1], flush=True)
     print("\n".join(lines))

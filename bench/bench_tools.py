@@ -1,29 +1,41 @@
-"""What the benchmarks share: flags, models of real size, a small world, watched scripts, times, tables."""
+"""What the benchmarks share: flags, models of real size, a small world, watched scripts, times, tables.
+
+    python bench/bench_tools.py OUT.json SCRIPT.py FLAGS    # any script whose optimizer is one of torch's
+
+It runs a training script and writes down when each optimizer step ended, its memory, and the peak after the
+first. With WATCH_STEPS=N it ends after N steps, whatever the script would do then. It patches nothing but
+common.validation_losses, whose losses of each clip it keeps. watched() calls it."""
 
 import argparse
 import json
 import os
+import runpy
 import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 
+import common  # noqa: E402
+from clap2diffusion.base.device import peak_memory_mb  # noqa: E402
 from clap2diffusion.base.exits import RunFailed, run_main  # noqa: E402
 from clap2diffusion.base.files import write_atomic, write_json  # noqa: E402
 from clap2diffusion.base.settings import Number, new_parser  # noqa: E402
 
-RUN = "RUN"
-TINY = ["--base-model", str(ROOT / "assets/tiny/base"), "--clap-model", str(ROOT / "assets/tiny/clap")]
+RUN, RESIDENT = "RUN", Path("/proc/self/clear_refs")
+TINY = ROOT / "assets/tiny/base", ROOT / "assets/tiny/clap"
 FLAGS = {"steps": (Number(int, 3), "optimizer steps of each run"), "repeats": (Number(int, 1), "turns"),
          "batch_size": (Number(int, 1), "samples in a step"),
          "image_size": (Number(int, 64, 1024, multiple_of=64), "side of the pictures")}
@@ -33,7 +45,8 @@ def bench_parser(doc: str, **defaults: int) -> argparse.ArgumentParser:
     """A parser with --sd15 and --models, and with those of FLAGS that a default is given for."""
     parser = new_parser(doc)
     add = parser.add_argument
-    add("--sd15", action="store_true", help="SD 1.5's architecture with random weights")
+    add("--sd15", action="store_const", dest="size", const="sd15", default="tiny",
+        help="SD 1.5's architecture with random weights")
     add("--models", default="", help="where --sd15's models lie, or are made and kept ('' = made anew)")
     for name, default in defaults.items():
         kind, text = FLAGS[name]
@@ -41,27 +54,27 @@ def bench_parser(doc: str, **defaults: int) -> argparse.ArgumentParser:
     return parser
 
 
-def start(main, parser: argparse.ArgumentParser) -> None:
-    """Call main(args, place) with a folder that is removed at the end, and exit as our scripts do."""
-    def run():
-        args = parser.parse_args()
-        with tempfile.TemporaryDirectory() as place:
-            main(args, Path(place))
-    run_main(run)
+def automain(parser: argparse.ArgumentParser):
+    """Decorator of a benchmark's main(args, place), the last function of its file: called where the file is
+    the script that was started, with a folder that is removed at the end. It exits as our scripts do."""
+    def decorate(main):
+        def run():
+            args = parser.parse_args()
+            with tempfile.TemporaryDirectory() as place:
+                main(args, Path(place))
+        if main.__module__ == "__main__":
+            run_main(run)
+    return decorate
 
 
-def size_name(args) -> str:
-    return "sd15" if args.sd15 else "tiny"
-
-
-def models(args, place: Path) -> list[str]:
-    """Flags of base model and CLAP: the default's, or for --sd15 those of --models, made there if missing."""
-    if not args.sd15:
+def models(args, place: Path) -> tuple[Path, Path]:
+    """Base model and CLAP: the default's, or for --sd15 those of --models, made there if missing."""
+    if args.size != "sd15":
         return TINY
     folder = Path(args.models or place / "models")
     if not (folder / "clap/preprocessor_config.json").exists():  # make_sd15 writes it last
         make_sd15(folder)
-    return ["--base-model", str(folder / "base"), "--clap-model", str(folder / "clap")]
+    return folder / "base", folder / "clap"
 
 
 def make_sd15(folder: Path) -> None:
@@ -80,9 +93,9 @@ def make_sd15(folder: Path) -> None:
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id))
     scheduler = diffusers.PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                                         skip_prk_steps=True, steps_offset=1)
-    parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    diffusers.StableDiffusionPipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet,
-                                      scheduler=scheduler, **parts).save_pretrained(folder / "base")
+    diffusers.StableDiffusionPipeline(
+        vae, text_encoder, tokenizer, unet, scheduler, safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False).save_pretrained(folder / "base")
     audio = {"patch_embeds_hidden_size": 128, "hidden_size": 1024, "depths": [2, 2, 12, 2]}
     transformers.ClapModel(transformers.ClapConfig(
         text_config={"num_hidden_layers": 1}, audio_config=audio)).save_pretrained(folder / "clap")
@@ -106,33 +119,69 @@ def make_world(folder: Path, train: int, val: int = 2) -> Path:
     return folder
 
 
-def stage_flags(place: Path, named: list[str], image_size: int, world: str = "world") -> list[str]:
-    """Flags of a stage that trains on PLACE/WORLD and spends as little as it can beside its steps."""
-    return ["--config", "", "--data-root", str(place / world), "--cache-dir", str(place / "cache"), *named,
-            "--image-size", str(image_size), "--validate-every", "0", "--val-draws", "1", "--samples", "0",
-            "--save-every", "1000000"]
+def stage_flags(world: Path, models: tuple[Path, Path], image_size: int) -> list[str]:
+    """Flags of a stage that trains on WORLD and spends as little as it can beside its steps."""
+    return ["--config", "", "--data-root", str(world), "--cache-dir", str(world.with_name("cache")),
+            "--base-model", str(models[0]), "--clap-model", str(models[1]), "--image-size", str(image_size),
+            "--validate-every", "0", "--val-draws", "1", "--samples", "0", "--save-every", "1000000"]
+
+
+def watch(out: Path) -> None:
+    """Run the script of sys.argv and write what is seen of it. Times count from WATCH_BEGAN if it is set."""
+    device = torch.device("cuda" if torch.cuda.is_available() and "cpu" not in sys.argv else "cpu")
+    began = float(os.environ.get("WATCH_BEGAN", time.time()))
+    seen, measure = {"steps": [], "memory_mb": [], "rss_mb": [], "losses": []}, common.validation_losses
+
+    def after_step(*_) -> None:
+        seen["steps"].append(time.time() - began)
+        memory, status = peak_memory_mb(device), Path("/proc/self/status").read_text()
+        seen["rss_mb"].append(int(status.split("VmRSS:")[1].split()[0]) / 1e3)
+        seen["memory_mb"].append(memory.get("cuda_reserved", memory["rss"]))
+        if len(seen["steps"]) == 1 and RESIDENT.exists():
+            RESIDENT.write_text("5")  # begin the peak anew: loading maps whole files beside their copies
+            if device.type == "cuda":  # what loading and validating reserved, too
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+        if len(seen["steps"]) == int(os.environ.get("WATCH_STEPS", 0)):
+            out.write_text(json.dumps(seen))
+            os._exit(0)
+
+    def kept(*args, **options):
+        losses = measure(*args, **options)
+        if not options:  # a stage's validation, with all three sounds
+            seen["losses"].append(losses["right"].tolist())
+        return losses
+
+    register_optimizer_step_post_hook(after_step)
+    common.validation_losses = kept
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    finally:
+        out.write_text(json.dumps(seen))
 
 
 def watched(place: Path, *command, steps: int = 0) -> dict:
-    """Run a training script under watch.py, to its end or for so many steps; `step_s` is the median step."""
-    out = place / "seen.json"
-    out.unlink(missing_ok=True)
+    """What watch() sees of a training script that goes to its end or for so many steps.
+    Besides: seconds to the first step, of the median step; and the peak of memory after the first step."""
     os.environ |= {"WATCH_BEGAN": repr(time.time()), "WATCH_STEPS": str(steps)}
-    call(HERE / "watch.py", out, *command)
-    seen = json.loads(out.read_text())
+    call(__file__, place / "seen.json", *command)
+    seen = json.loads((place / "seen.json").read_text())
+    seen |= {"first_s": seen["steps"][0], "peak_mb": seen["memory_mb"][-1]}
     if len(seen["steps"]) > 1:
-        seen["step_s"] = statistics.median(b - a for a, b in zip(seen["steps"], seen["steps"][1:]))
+        seen["step_s"] = statistics.median(b - a for a, b in pairwise(seen["steps"]))
     return seen
 
 
-def watched_turns(place: Path, repeats: int, commands: dict, steps: int = 0) -> dict:
-    """What watch.py saw of each command in each turn; RUN in a command becomes a folder of its own."""
-    found = {name: [] for name in commands}
+def watched_turns(place: Path, repeats: int, commands: dict, steps: int = 0) -> dict[object, dict[str, list]]:
+    """What watched() gives of each command, turn by turn; RUN in a command becomes a folder of its own."""
+    found = {name: defaultdict(list) for name in commands}
     for turn in range(repeats):
         for name in tqdm(commands, desc=f"turn {turn + 1} of {repeats}", unit="run"):
             run = place / f"run-{name}-{turn}"
             command = [run if token == RUN else token for token in commands[name]]
-            found[name].append(watched(place, *command, steps=steps))
+            for key, value in watched(place, *command, steps=steps).items():
+                found[name][key].append(value)
     return found
 
 
@@ -152,11 +201,6 @@ def in_turns(repeats: int, *functions) -> list[list[float]]:
             function(turn)
             seconds.append(clock() - began)
     return [seconds[1:] for seconds in found]
-
-
-def device_name(device: str = "auto") -> str:
-    cuda = torch.cuda.is_available() and device != "cpu"
-    return torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
 
 
 def spread(values) -> list[float]:
@@ -179,7 +223,9 @@ def show(value) -> str:
 
 def write_results(name: str, about: str, rows: list[dict], device: str = "auto") -> None:
     """Write results/NAME-DEVICE.json and .md, a table with the command above it, and print the latter."""
-    machine = device_name(device)
+    machine = f"CPU, {torch.get_num_threads()} threads"
+    if device != "cpu" and torch.cuda.is_available():
+        machine = torch.cuda.get_device_name()
     command = shlex.join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     folder = Path(os.environ.get("BENCH_RESULTS", HERE / "results"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -190,3 +236,8 @@ def write_results(name: str, about: str, rows: list[dict], device: str = "auto")
     write_json(path.with_suffix(".json"), facts)
     write_atomic(path.with_suffix(".md"), ("\n".join(lines) + "\n").encode())
     print("\n".join(lines), flush=True)
+
+
+if __name__ == "__main__":
+    out, *sys.argv = sys.argv[1:]  # the script sees its own flags
+    watch(Path(out))

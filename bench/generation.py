@@ -5,8 +5,7 @@
 
 Time: draw(), which makes generate.py's pictures, over the call of diffusers' pipeline with the same prompts,
 seeds, steps and sounds, guidance on, in turns. The bare call takes one sound for the batch, as stock
-diffusers does. Quality: evaluate.py's judge on pictures of held-out sounds, by scheduler and steps.
-"""
+diffusers does. Quality: evaluate.py's judge on pictures of held-out sounds, by scheduler and steps."""
 
 import argparse
 from pathlib import Path
@@ -37,19 +36,18 @@ add("--clips", type=Number(int, 10), default=300, help="held-out sounds that are
 
 
 def time_pictures(args, place: Path) -> list[dict]:
-    named = tools.models(args, place)
-    tools.make_world(place / "world", 16)
+    base, clap = tools.models(args, place)
+    flags = tools.stage_flags(tools.make_world(place / "world", 16), (base, clap), 64)
     # an adapter of the right shape: what it knows costs no time
-    tools.call("train_stage1.py", *tools.stage_flags(place, named, 64), "--run", place / "run",
-               "--batch-size", 1, "--steps", 1, "--val-clips", 2)
+    tools.call("train_stage1.py", *flags, "--run", place / "run", "--batch-size", 1, "--steps", 1,
+               "--val-clips", 2)
     device, _ = pick_device("auto", args.precision)
     adapter = place / "run/stage1/adapter.safetensors"
-    pipe = load_stock_pipeline(Path(named[1]), adapter, device, DTYPES[args.precision])
+    pipe = load_stock_pipeline(base, adapter, device, DTYPES[args.precision])
     noise = torch.randn(args.batch_size, 512, generator=torch.Generator().manual_seed(0))
     audio_embeds, seeds = torch.nn.functional.normalize(noise, dim=-1), list(range(args.batch_size))
     both = torch.stack([torch.zeros(1, 512), audio_embeds[:1]]).to(device, pipe.unet.dtype)  # (2, 1, E)
-    asked = argparse.Namespace(attention_map=False, prompt="", guidance=GUIDANCE, steps=args.steps,
-                               batch_size=args.batch_size)
+    asked = argparse.Namespace(**vars(args), attention_map=False, prompt="", guidance=GUIDANCE)
 
     def ours(turn: int) -> None:
         draw(asked, pipe, audio_embeds, seeds, size=args.image_size)
@@ -85,16 +83,13 @@ def judge_few_steps(args, place: Path) -> list[dict]:
     return rows
 
 
+@tools.automain(PARSER)
 def main(args, place: Path) -> None:
     if "time" in args.only:
         about = (f"{args.steps} steps, {args.image_size} px, {args.precision}, guidance {GUIDANCE:g}, "
                  f"{args.repeats} turns after a warm-up; median [lowest, highest]")
-        tools.write_results(f"generation-{tools.size_name(args)}", about, time_pictures(args, place))
+        tools.write_results(f"generation-{args.size}", about, time_pictures(args, place))
     if "quality" in args.only:
         about = (f"adapter of {args.run}, {args.clips} held-out sounds, seed 0, guidance {GUIDANCE:g}; "
                  "mean and 95 % interval")
         tools.write_results("few-steps", about, judge_few_steps(args, place))
-
-
-if __name__ == "__main__":
-    tools.start(main, PARSER)

@@ -6,8 +6,7 @@
 gpu.sh runs it on SD 1.5's architecture at 512 px. The real scripts run as in step.py. Beside the script's and
 the bare step's time stand: the bare step by itself, with nothing between; utilisation, which is its
 floating-point operations (torch's own count) over that time over what a BF16 matrix product of 8192 x 8192
-reaches on the same device; and the peak of reserved memory. A batch that does not fit ends its stage.
-"""
+reaches on the same device; and the peak of reserved memory. A batch that does not fit ends its stage."""
 
 import contextlib
 import gc
@@ -24,8 +23,8 @@ from clap2diffusion.base.exits import RunFailed
 from clap2diffusion.base.settings import Number
 
 CUDA = torch.cuda.is_available()
-COLUMNS = ("stage", "batch", "setting", "script, s a step", "bare step alone, s", "ratio to bare",
-           "flops", "utilisation", "peak memory, MB")
+COLUMNS = ("script, s a step", "bare step alone, s", "ratio to bare", "flops", "utilisation",
+           "peak memory, MB")
 PARSER = tools.bench_parser(__doc__, image_size=512)
 PARSER.set_defaults(block=2, pairs=5, device="auto")
 add = PARSER.add_argument
@@ -42,36 +41,33 @@ def peak_flops() -> float:
     return 2 * side ** 3 / statistics.median(*tools.in_turns(20, lambda turn: a @ b))
 
 
-def measure(stage: int, flags: list[str], args, count: bool) -> dict:
-    """What is timed and counted of one stage with one batch. Raises torch.OutOfMemoryError."""
-    seen = {"flops": ""}
-
-    def at_end(times) -> None:
-        seen["memory"] = round(torch.cuda.max_memory_reserved() / 2 ** 20) if CUDA else ""
-        seen["alone_s"] = statistics.median(*tools.in_turns(5, lambda turn: times.bare_step()))
-        if count:  # not in a compiled UNet
-            with FlopCounterMode(display=False) as counter:
-                times.bare_step()
-            seen["flops"] = counter.get_total_flops()
-
+def measure(stage: int, flags: list[str], args, peak: float, flops: int = 0) -> dict:
+    """One stage with one batch: its cells of COLUMNS. Raises torch.OutOfMemoryError."""
     gc.collect()
     if CUDA:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    row, _ = time_stage(stage, flags, args, at_end)
-    return seen | row
+    row, _, times = time_stage(stage, flags, args)
+    memory = round(torch.cuda.max_memory_reserved() / 2 ** 20) if CUDA else ""
+    alone_s = statistics.median(*tools.in_turns(5, lambda turn: times.bare_step()))
+    if not flops:
+        with FlopCounterMode(display=False) as counter:
+            times.bare_step()
+        flops = counter.get_total_flops()
+    cells = row["script, s a step"], alone_s, row["ratio"], flops, flops / alone_s / peak, memory
+    return dict(zip(COLUMNS, cells, strict=True))
 
 
+@tools.automain(PARSER)
 def main(args, place: Path) -> None:
     if args.smoke:
         args.batches, args.image_size, args.pairs = [1, 2], 64, 2
-    args.sd15 = not args.smoke
+    args.size = "smoke" if args.smoke else "sd15"
     began, peak, rows, too_large = time.monotonic(), peak_flops(), [], {}
-    name = f"gpu-{'smoke' if args.smoke else 'sd15'}"
     about = (f"{args.image_size} px, BF16, frozen UNet in BF16, LoRA rank 8; a BF16 matrix product reaches "
              f"{peak / 1e12:.1f} TFLOP/s; median [lowest, highest]")
-    tools.make_world(place / "world", max(16, *args.batches))
-    flags = tools.stage_flags(place, tools.models(args, place), args.image_size) + ["--frozen-dtype", "bf16"]
+    world = tools.make_world(place / "world", max(16, *args.batches))
+    flags = [*tools.stage_flags(world, tools.models(args, place), args.image_size), "--frozen-dtype", "bf16"]
     make_stages(3, [*flags, "--run", str(place / "run"), "--batch-size", "1"])
     plans = [(stage, batch, []) for batch in args.batches for stage in args.stages]
     if CUDA:  # beside the second batch: compiling takes minutes, and later ones may not be reached
@@ -83,24 +79,16 @@ def main(args, place: Path) -> None:
         run = place / f"run-{stage}-{batch}-{len(more)}"
         own = [*flags, *more, "--run", str(run), "--batch-size", str(batch)]
         own += ["--init-from", str(place / f"run/stage{stage - 1}")] if stage > 1 else []
-        values = [stage, batch, " ".join(more) or "bf16"]
-        try:
-            seen = measure(stage, own, args, count=not more)
-            same = (row["flops"] for row in rows if (row["stage"], row["batch"]) == (stage, batch))
-            flops = seen["flops"] or next(same, "")
-            values += [seen["script, s a step"], seen["alone_s"], seen["ratio"], flops,
-                       flops / seen["alone_s"] / peak if flops else "", seen["memory"]]
+        row = {"stage": stage, "batch": batch, "setting": " ".join(more) or "bf16"}
+        try:  # a compiled UNet's operations cannot be counted; they are those of the row before
+            row |= measure(stage, own, args, peak, rows[-1]["flops"] if more else 0)
         except torch.OutOfMemoryError:
             too_large[stage] = batch  # the smallest one
-            values += ["", "", "out of memory", "", "", ""]
-        rows.append(dict(zip(COLUMNS, values, strict=True)))
+            row |= dict.fromkeys(COLUMNS, "") | {"ratio to bare": "out of memory"}
+        rows.append(row)
         with contextlib.redirect_stdout(None):
-            tools.write_results(name, about, rows)  # what is there, should the time run out
+            tools.write_results(f"gpu-{args.size}", about, rows)  # what is there, should the time run out
     if not rows:
         raise RunFailed(f"bench/gpu.py --seconds {args.seconds:g}: nothing was timed, making the models and "
                         "features took longer; give more")
-    tools.write_results(name, about, rows)
-
-
-if __name__ == "__main__":
-    tools.start(main, PARSER)
+    tools.write_results(f"gpu-{args.size}", about, rows)

@@ -6,10 +6,8 @@
 Writes results/kill-sweep-DEVICE.{json,md} and prints killed / resumed / equal: kills that hit a running
 process; of these how many after which the same command went on; and how many belong to a run that ended as
 one that nobody disturbed, with equal weights, optimizer, counters and logged losses (of the cache: bytes).
-Exit code 1 if the three differ.
-"""
+Exit code 1 if the three differ."""
 
-import json
 import random
 import re
 import shutil
@@ -17,17 +15,17 @@ import signal
 import sys
 import time
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import bench_tools as tools
-import torch
 
 from clap2diffusion.base.exits import RunFailed
 from clap2diffusion.base.settings import Number, new_parser
-from clap2diffusion.base.tensor_file import read_tensors
+from clap2diffusion.base.tensor_file import digest, read_tensors
 
 sys.path[:0] = [str(tools.ROOT / "tests")]
-from conftest import Started, ok, script, write_config  # noqa: E402
+from conftest import Started, logged_steps, ok, script, write_config  # noqa: E402
 
 STEPS, COLUMNS, STAGES = 12, ("killed", "resumed", "equal"), ("stage1", "stage2", "stage3")
 PARSER = new_parser(__doc__)
@@ -36,26 +34,17 @@ PARSER.add_argument("--seed", type=Number(int, 0), default=0, help="seed of the 
 
 
 def outcome(target: str, place: Path) -> dict:
-    """All that a finished run is judged by, apart from times: {name: tensor or value}."""
+    """All that a finished run is judged by, apart from times."""
     if target == "cache":
         return {path.name: path.read_bytes() for path in place.glob("cache/*/*.*") if path.name != ".lock"}
     folder, found = place / "run" / target, {}
     for path in (folder / "final.safetensors", folder / f"checkpoints/step-{STEPS:08d}.safetensors"):
         header, tensors = read_tensors(path)
-        found |= {f"{path.stem} {name}": tensor for name, tensor in tensors.items()}
         counters = header["objects"].get("progress", {}).get("pairs", [])
-        found |= {f"{path.stem} {key}": value for key, value in counters if not key.endswith("_seconds")}
-    losses: dict[int, set] = {}
-    for line in (folder / "log.jsonl").read_text().splitlines():
-        entry = json.loads(line)
-        if "loss" in entry:  # a step that was done again counts once, if it said the same
-            losses.setdefault(entry["step"], set()).add((entry["loss"], entry["grad_norm"]))
+        found[path.stem] = digest({}, tensors), [one for one in counters if not one[0].endswith("_seconds")]
+    # a step that was done again counts once, if it said the same
+    losses = {(line["step"], line["loss"], line["grad_norm"]) for line in logged_steps(folder / "log.jsonl")}
     return found | {"losses": losses}
-
-
-def equal(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(
-        torch.equal(x, b[key]) if isinstance(x, torch.Tensor) else x == b[key] for key, x in a.items())
 
 
 def kill_somewhere(process, folder: Path, inside: bool, seconds: float, dice: random.Random) -> list[str]:
@@ -90,37 +79,31 @@ def sweep(target: str, command: list, kills: int, here: Path, unbroken: dict, se
         mended = done.returncode == 0
         if not mended:
             print(done.stdout[-2000:] + done.stderr[-2000:], file=sys.stderr, flush=True)
-        same = mended and equal(outcome(target, here), unbroken) and not list(here.rglob(".*.tmp"))
+        same = mended and outcome(target, here) == unbroken and not list(here.rglob(".*.tmp"))
         total = [total[0] + killed, total[1] + killed * mended, total[2] + killed * same]
         shutil.rmtree(here)
     return total
 
 
-def run_unbroken(place: Path) -> tuple[Path, dict, dict]:
-    """(config, {target: outcome}, {target: seconds}) of a run that nobody disturbs."""
-    tools.make_world(place / "world", 40, 4)
-    config = write_config(place / "c.json", place / "world", place / "unbroken/run", place / "unbroken/cache",
-                          save_every=1, samples=0)
-    content, unbroken, seconds = json.loads(config.read_text()), {}, {}
-    config.write_text(json.dumps(content | {stage: content[stage] | {"steps": STEPS} for stage in STAGES}))
-    for stage in STAGES:
-        began = time.time()
-        ok(script(f"train_{stage}.py", "--config", config, "--workers", 0))
-        unbroken[stage], seconds[stage] = outcome(stage, place / "unbroken"), time.time() - began
-    unbroken["cache"], seconds["cache"] = outcome("cache", place / "unbroken"), seconds["stage1"] / 2
-    return config, unbroken, seconds
-
-
+@tools.automain(PARSER)
 def main(args, place: Path) -> None:
-    targets = [(target, workers) for target in ("cache", *STAGES) for workers in (0, 1, 2)]
+    world, undisturbed, here = tools.make_world(place / "world", 40, 4), place / "unbroken", place / "swept"
+    config = write_config(place / "c.json", world, undisturbed / "run", undisturbed / "cache", save_every=1,
+                          samples=0)
     dice, began, rows, saving = random.Random(args.seed), time.time(), [], Counter()
-    config, unbroken, seconds = run_unbroken(place)
+    unbroken, seconds = {}, {}
+    for target in STAGES:
+        start = time.time()
+        ok(script(f"train_{target}.py", "--config", config, "--steps", STEPS, "--workers", 0))
+        unbroken[target], seconds[target] = outcome(target, undisturbed), time.time() - start
+    unbroken["cache"], seconds["cache"] = outcome("cache", undisturbed), seconds["stage1"] / 2
+    targets = [*product(("cache", *STAGES), (0, 1, 2))]
     for n, (target, workers) in enumerate(targets):
-        kills, here = args.kills * (n + 1) // len(targets) - args.kills * n // len(targets), place / "swept"
+        kills = args.kills * (n + 1) // len(targets) - args.kills * n // len(targets)
         stage = 1 if target == "cache" else int(target[-1])
         command = [f"train_stage{stage}.py", "--config", config, "--run", here / "run", "--workers", workers]
-        command += ["--init-from", place / f"unbroken/run/stage{stage - 1}"] if stage > 1 else []
-        command += ["--cache-dir", here / "cache", "--steps", 1] if target == "cache" else []
+        command += ["--init-from", undisturbed / f"run/stage{stage - 1}"] if stage > 1 else []
+        command += ["--cache-dir", here / "cache", "--steps", 1] if target == "cache" else ["--steps", STEPS]
         found = sweep(target, command, kills, here, unbroken[target], seconds[target], dice, saving)
         print(f"{target}, {workers} loader processes: {' / '.join(map(str, found))}", flush=True)
         rows.append({"what": "feature cache" if target == "cache" else target, "loader processes": workers,
@@ -135,7 +118,3 @@ def main(args, place: Path) -> None:
     if len(set(total.values())) > 1:
         raise RunFailed(f"bench/kill_sweep.py --kills {args.kills} --seed {args.seed}: not every killed run "
                         "ended as an unbroken one")
-
-
-if __name__ == "__main__":
-    tools.start(main, PARSER)

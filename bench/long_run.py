@@ -18,6 +18,7 @@ PARSER = new_parser(__doc__)
 PARSER.add_argument("--steps", type=Number(int, 100), default=20_000, help="optimizer steps")
 
 
+@tools.automain(PARSER)
 def main(args, place: Path) -> None:
     n, part, half, run = args.steps, max(1, args.steps // 20), args.steps // 2, place / "run/stage1"
     tools.make_world(place / "world", 200, 8)
@@ -36,7 +37,3 @@ def main(args, place: Path) -> None:
              "last of first": round(last / first, 3)}
     about = "stage 1, batch 1, 64 px, fp32, one audio token, the default's rates of logs and checkpoints"
     tools.write_results("long-run", about, [{"what": what, "value": value} for what, value in found.items()])
-
-
-if __name__ == "__main__":
-    tools.start(main, PARSER)

@@ -7,8 +7,7 @@ Each setting is the real train_stage2.py in a process of its own, in turns, with
 data. Memory is the peak of the steps after the first one, without loading and export: on CUDA what was
 reserved by the last one, on a CPU the process's resident set, Python and torch included. The validation loss
 is that of the last weights; its difference from plain's is paired by clip, with a 95 % interval. `batch x 2`
-shows what the saved memory buys.
-"""
+shows what the saved memory buys."""
 
 from pathlib import Path
 
@@ -37,18 +36,7 @@ PARSER.add_argument("--precision", choices=("bf16", "fp32"), default="bf16",
                     help="autocast; settings that need bf16 run in it always")
 
 
-def commands(args, place: Path, flags: list[str]) -> dict[str, list]:
-    """{setting: its command}."""
-    found = {}
-    for name in args.only:
-        scale = 2 if "batch x 2" in name else 0.5 if "accumulation" in name else 1
-        precision = "bf16" if "--frozen-dtype" in SETTINGS[name] else args.precision
-        found[name] = ["train_stage2.py", *flags, "--init-from", place / "stage1", "--run", tools.RUN,
-                       "--steps", args.steps, "--precision", precision, "--learning-rate", 3e-4,
-                       "--batch-size", int(args.batch_size * scale), *SETTINGS[name]]
-    return found
-
-
+@tools.automain(PARSER)
 def main(args, place: Path) -> None:
     if "accumulation 2" in args.only and args.batch_size % 2:
         if args.batch_size > 1:
@@ -56,28 +44,30 @@ def main(args, place: Path) -> None:
         args.only.remove("accumulation 2")
     if "plain" not in args.only:
         raise UserError("--only: plain is missing, and everything is compared with it; add it")
-    tools.make_world(place / "world", 8 * args.batch_size, 2 if args.sd15 else 50)
-    flags = tools.stage_flags(place, tools.models(args, place), args.image_size)
+    real = args.size == "sd15"
+    world = tools.make_world(place / "world", 8 * args.batch_size, 2 if real else 50)
+    flags = tools.stage_flags(world, tools.models(args, place), args.image_size)
     flags += ["--val-batch-size", "4", "--log-every", "1"]
     tools.call("train_stage1.py", *flags, "--run", place, "--steps", 1, "--batch-size", 1,
                "--precision", args.precision)
-    found = tools.watched_turns(place, args.repeats, commands(args, place, flags), args.steps * args.sd15)
-    rows = []
+    commands, rows = {}, []
+    for name in args.only:
+        scale = 2 if "batch x 2" in name else 0.5 if "accumulation" in name else 1
+        precision = "bf16" if "--frozen-dtype" in SETTINGS[name] else args.precision
+        commands[name] = ["train_stage2.py", *flags, "--init-from", place / "stage1", "--run", tools.RUN,
+                          "--steps", args.steps, "--precision", precision, "--learning-rate", 3e-4,
+                          "--batch-size", int(args.batch_size * scale), *SETTINGS[name]]
+    found = tools.watched_turns(place, args.repeats, commands, args.steps * real)
     for name, seen in found.items():
-        change, both = "", (seen, found["plain"])
-        if name != "plain" and not args.sd15:  # random weights have nothing to lose
-            # of the last step's weights; the best ones are validated after them
-            last = zip(*(runs[0]["losses"][-2] for runs in both), strict=True)
+        plain, change = found["plain"], ""
+        if name != "plain" and not real:  # random weights have nothing to lose
+            # of the last step's weights in the first turn; the best ones are validated after them
+            last = zip(seen["losses"][0][-2], plain["losses"][0][-2], strict=True)
             change = [round(value, 6) for value in interval([a - b for a, b in last])]
-        peaks, step_s = ([[get(run) for run in runs] for runs in both] for get in (
-            lambda run: run["memory_mb"][-1], lambda run: run["step_s"]))
-        rows.append({"setting": name, "peak memory, MB": round(max(peaks[0])),
-                     "of plain": round(tools.ratios(*peaks)[2], 2), "s a step": tools.spread(step_s[0]),
-                     "of plain's": tools.ratios(*step_s), "loss - plain's": change})
+        rows.append({"setting": name, "peak memory, MB": round(max(seen["peak_mb"])),
+                     "of plain": round(tools.ratios(seen["peak_mb"], plain["peak_mb"])[2], 2),
+                     "s a step": tools.spread(seen["step_s"]),
+                     "of plain's": tools.ratios(seen["step_s"], plain["step_s"]), "loss - plain's": change})
     about = (f"stage 2, batch {args.batch_size}, {args.image_size} px, {args.precision}, {args.steps} steps, "
              f"runs of each: {args.repeats}, in turns; median [lowest, highest]")
-    tools.write_results(f"memory-{tools.size_name(args)}-{args.image_size}-{args.batch_size}", about, rows)
-
-
-if __name__ == "__main__":
-    tools.start(main, PARSER)
+    tools.write_results(f"memory-{args.size}-{args.image_size}-{args.batch_size}", about, rows)

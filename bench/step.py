@@ -10,13 +10,14 @@ few batches ahead during bare steps.
 
 A second table, loop-*, says where the difference goes: into the loss beside the UNet's pass (draws, dropped
 conditions, noisy latents, target), between the optimizer and the next loss (batch, bar, log, learning rate),
-or elsewhere. The bare step, too, zeroes gradients and takes a mean, so `the rest` may be below 0.
-"""
+or elsewhere. The bare step, too, zeroes gradients and takes a mean, so `the rest` may be below 0."""
 
 import importlib
 import statistics
 import time
+from contextlib import suppress
 from pathlib import Path
+from unittest.mock import patch
 
 import bench_tools as tools
 import torch
@@ -44,8 +45,8 @@ class Enough(Exception):
 class Times:
     """Watches a stage through its loss and its optimizer, and runs bare steps between blocks of its steps."""
 
-    def __init__(self, args, loss, at_end):
-        self.args, self.loss, self.at_end = args, loss, at_end
+    def __init__(self, args, loss):
+        self.args, self.loss = args, loss
         self.steps, self.pairs, self.bare, self.began, self.inputs = 0, [], False, None, None
         self.in_loss, self.between, self.ended = 0.0, 0.0, time.perf_counter()
 
@@ -101,38 +102,26 @@ class Times:
             seconds = (began - self.began, now - began, self.in_loss, self.between)
             self.pairs.append([value / size for value in seconds])
         if len(self.pairs) > self.args.pairs:  # the first one is a warm-up
-            if self.at_end:
-                self.at_end(self)
             raise Enough
         self.in_loss, self.between, self.began = 0.0, 0.0, tools.clock()
 
 
-def time_stage(stage: int, flags: list[str], args, at_end=None) -> tuple[dict, dict]:
+def time_stage(stage: int, flags: list[str], args) -> tuple[dict, dict, Times]:
     """A row of each table: seconds a step of a stage's script and of the bare one; where the difference goes.
-
-    at_end(times) is called after the last block; the stage is not finished.
-    """
-    script = importlib.import_module(f"train_stage{stage}")
-    loss = getattr(script, LOSSES[stage])
-    times = Times(args, loss, at_end)
-    hook = register_optimizer_step_post_hook(times.after_step)
-    setattr(script, LOSSES[stage], times.watched_loss)
-    steps = str(args.block * (args.pairs + 2))
+    The stage is not finished; Times can take more bare steps."""
+    script, steps = importlib.import_module(f"train_stage{stage}"), str(args.block * (args.pairs + 2))
+    times = Times(args, getattr(script, LOSSES[stage]))
     more = ["--min-steps", steps, "--away-steps", steps] if stage == 3 else []
-    try:
+    with (register_optimizer_step_post_hook(times.after_step), suppress(Enough),
+          patch.object(script, LOSSES[stage], times.watched_loss)):
         script.main([*flags, "--name", f"timed{stage}", "--steps", steps, *more])
-    except Enough:
-        pass
-    finally:
-        hook.remove()
-        setattr(script, LOSSES[stage], loss)
     script_s, bare_s, in_loss, between = zip(*times.pairs[1:], strict=True)
     ms = [1000 * statistics.median(values) for values in (
         [a - b for a, b in zip(script_s, bare_s, strict=True)], in_loss, between)]
     return ({"stage": stage, "pairs": len(script_s), "script, s a step": tools.spread(script_s),
              "bare step, s": tools.spread(bare_s), "ratio": tools.ratios(script_s, bare_s)},
             {"stage": stage, "the loop adds, ms": ms[0], IN_LOSS: ms[1], BETWEEN: ms[2],
-             "the rest": ms[0] - ms[1] - ms[2]})
+             "the rest": ms[0] - ms[1] - ms[2]}, times)
 
 
 def make_stages(last: int, flags: list[str]) -> None:
@@ -142,21 +131,17 @@ def make_stages(last: int, flags: list[str]) -> None:
         script.main([*flags, "--name", f"stage{stage}", "--steps", "1"])
 
 
+@tools.automain(PARSER)
 def main(args, place: Path) -> None:
-    tools.make_world(place / "world", max(200, args.batch_size), val=4)
-    flags = tools.stage_flags(place, tools.models(args, place), args.image_size)
+    world = tools.make_world(place / "world", max(200, args.batch_size), val=4)
+    flags = tools.stage_flags(world, tools.models(args, place), args.image_size)
     flags += ["--run", str(place / "run"), "--precision", args.precision, "--frozen-dtype", args.frozen_dtype,
               "--device", args.device, "--batch-size", str(args.batch_size), "--workers", str(args.workers)]
     make_stages(max(args.stages), flags)
-    rows, parts = zip(*(time_stage(stage, flags, args) for stage in sorted(set(args.stages))), strict=True)
+    rows, parts, _ = zip(*(time_stage(stage, flags, args) for stage in sorted(set(args.stages))), strict=True)
     about = (f"batch {args.batch_size}, {args.image_size} px, {args.precision}, blocks of {args.block} steps "
              "in turns; median [lowest, highest] of the pairs")
-    size = tools.size_name(args)
-    tools.write_results(f"step-{size}", about, rows, args.device)
-    if tools.device_name(args.device).startswith("CPU"):  # a GPU computes while the loop goes on
+    tools.write_results(f"step-{args.size}", about, rows, args.device)
+    if args.device == "cpu" or not torch.cuda.is_available():  # a GPU computes while the loop goes on
         about = "the same run; milliseconds a step, medians of the blocks"
-        tools.write_results(f"loop-{size}", about, parts, args.device)
-
-
-if __name__ == "__main__":
-    tools.start(main, PARSER)
+        tools.write_results(f"loop-{args.size}", about, parts, args.device)

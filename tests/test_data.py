@@ -22,9 +22,8 @@ from clap2diffusion.base.exits import RunFailed, UserError
 from clap2diffusion.dataset import cache as feature_cache
 from clap2diffusion.dataset import encoders
 from clap2diffusion.dataset.cache import Build, build_features, cache_key, model_fingerprints
-from clap2diffusion.dataset.dataset import AudioImageDataset
+from clap2diffusion.dataset.dataset import AudioImageDataset, make_loader, step_batches
 from clap2diffusion.dataset.decoding import BadFile, decode_audio, load_image, load_waveform
-from clap2diffusion.dataset.loading import StepSampler, batch_indices, make_loader
 from clap2diffusion.dataset.manifest import SPLITS, read_manifest
 
 RATE, SIZE = 16000, 32
@@ -131,8 +130,9 @@ def test_cached_features_equal_the_models_own(tmp_path, models):
             for text, got in ((row.text, item["text_embeds"]), ("", dataset.empty_text_embeds)):
                 ids = tokenizer(text, padding="max_length", truncation=True, return_tensors="pt").input_ids
                 torch.testing.assert_close(got, text_encoder(ids).last_hidden_state[0], atol=1e-5, rtol=1e-4)
-    assert (dataset.latent_shape, dataset.embed_dim, dataset.text_dim) == ((4, 16, 16), 10, 16)
-    assert (len(dataset), dataset.labels) == (8, ["a", "b"])
+    assert (dataset.latent_shape, dataset.embed_dim) == ((4, 16, 16), 10)
+    assert dataset.empty_text_embeds.shape[1] == 16
+    assert (len(dataset), {row["label"] for row in dataset.rows}) == (8, {"a", "b"})
 
 
 # --- sound --------------------------------------------------------------------------------------------------
@@ -590,18 +590,19 @@ def test_processes_build_the_cache_in_shares(tmp_path, models, monkeypatch):
 @pytest.mark.parametrize("size, batch", [(1, 1), (5, 2), (7, 3), (16, 4), (10, 10), (3, 7)])
 def test_every_epoch_shows_each_sample_once_and_any_step_can_start(size, batch):
     steps = size * 6 // batch
-    stream = [i for b in StepSampler(size, batch, 3, 0, steps) for i in b]
+    stream = [i for b in step_batches(size, batch, 3, 0, steps) for i in b]
     for epoch in range(len(stream) // size):
         assert sorted(stream[epoch * size:(epoch + 1) * size]) == list(range(size))
-    assert list(StepSampler(size, batch, 3, 2, steps)) == list(StepSampler(size, batch, 3, 0, steps))[2:]
+    assert list(step_batches(size, batch, 3, 2, steps)) == list(step_batches(size, batch, 3, 0, steps))[2:]
     assert stream[:size] == np.random.default_rng([3, 0]).permutation(size).tolist()
     # processes that take their share of each batch show the same stream, wherever it begins
     for world in (2, 3):
-        shares = [list(StepSampler(size, batch, 3, 1, 5, (rank, world))) for rank in range(world)]
+        shares = [list(step_batches(size, batch, 3, 1, 5, (rank, world))) for rank in range(world)]
         together = [sum(parts, []) for parts in zip(*shares)]
-        assert together == list(StepSampler(size, batch * world, 3, 1, 5))
+        assert together == list(step_batches(size, batch * world, 3, 1, 5))
     if size > 4:
-        assert stream[:size] != stream[size:2 * size] and stream[:batch] != batch_indices(size, batch, 4, 0)
+        assert stream[:size] != stream[size:2 * size]
+        assert stream[:batch] != next(step_batches(size, batch, 4, 0, 1))
 
 
 def test_loader_gives_the_same_bits_for_any_number_of_workers(tmp_path, models):
@@ -611,7 +612,7 @@ def test_loader_gives_the_same_bits_for_any_number_of_workers(tmp_path, models):
         build(root, models, tmp_path / "again"))["rows-00000.safetensors"]
     dataset = AudioImageDataset(root, "train", cache)
     runs = [list(make_loader(dataset, 3, 1, 2, 7, workers, torch.device("cpu"))) for workers in (0, 1, 2)]
-    assert len(runs[0]) == 5 and runs[0][0]["index"].tolist() == batch_indices(8, 3, 1, 2)
+    assert len(runs[0]) == 5 and runs[0][0]["index"].tolist() == next(step_batches(8, 3, 1, 2, 3))
     assert runs[0][0]["latents_mean"].shape == (3, 1, 4, 16, 16)
     for run in runs[1:]:
         for a, b in zip(runs[0], run, strict=True):

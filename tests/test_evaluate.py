@@ -15,7 +15,7 @@ import evaluate
 from clap2diffusion.dataset.encoders import CLAPAudioEncoder
 from clap2diffusion.dataset.manifest import read_manifest
 from clap2diffusion.judging import evaluation
-from clap2diffusion.pictures.sound_algebra import embed
+from clap2diffusion.pictures.generation import embed
 from clap2diffusion.world import sound_world
 
 

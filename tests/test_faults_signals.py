@@ -260,7 +260,7 @@ def main():
 """, "held\n"),
     "after a stage's last look at it": ("""
 def main():
-    with exits.StopSignal():
+    with exits.stops_awaited():
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.1)
         print("saved", flush=True)

@@ -21,11 +21,11 @@ import generate
 from clap2diffusion.base.exits import UserError
 from clap2diffusion.base.hub import fingerprint
 from clap2diffusion.dataset.encoders import CLAPAudioEncoder
-from clap2diffusion.pictures import export, generation, pipelines
+from clap2diffusion.pictures import generation, pipelines
+from clap2diffusion.pictures.generation import embed, mix, slerp, window_starts
 from clap2diffusion.pictures.heat_maps import Recorder, record
 from clap2diffusion.pictures.pipelines import listening
 from clap2diffusion.pictures.sheets import tile
-from clap2diffusion.pictures.sound_algebra import embed, mix, slerp, window_starts
 
 RATE = 48000
 
@@ -61,7 +61,7 @@ def write_adapter(path: Path, strength: float) -> Path:
               "fingerprints": {"unet": fingerprint(BASE / "unet"), "clap": fingerprint(CLAP)},
               "dims": {"width": unet.config.cross_attention_dim},
               "settings": {"image_size": 64}}
-    export.write_adapter(path, {"audio_proj": audio_proj, "audio_attn": audio_attn}, unet, header)
+    pipelines.write_adapter(path, {"audio_proj": audio_proj, "audio_attn": audio_attn}, unet, header)
     return path
 
 
@@ -451,13 +451,19 @@ def test_silence_acts_nowhere(adapter):
 
 @pytest.mark.slow
 def test_the_map_stands_where_the_drawn_object_stands(tmp_path):
-    """48 held-out sounds with the adapter of the default run, or of the run in CLAP2DIFFUSION_RUN."""
-    from scipy.stats import rankdata, spearmanr
+    """144 held-out sounds with the adapter of the default run, or of the run in CLAP2DIFFUSION_RUN.
+
+    The bounds are on the whole interval: with 48 sounds a rho of 0.75 is 0.67 in one run and 0.82 in another.
+    """
+    from scipy.stats import rankdata
+
+    from clap2diffusion.base.statistics import interval, show_interval, summary
+    from clap2diffusion.judging.metrics import bootstrap_spearman
     world, run = ROOT / "data/world", ROOT / os.environ.get("CLAP2DIFFUSION_RUN", "runs/tiny")
     if not (run / "adapter.safetensors").exists():
         pytest.skip(f"{run} holds no adapter.safetensors: run bash run_all_stages.sh first")
     rows = [json.loads(line) for line in (world / "metadata.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if row["split"] == "test" and "+" not in row["label"]][:48]
+    rows = [row for row in rows if row["split"] == "test" and "+" not in row["label"]][:144]
     ok(script("generate.py", "--run", run, "--steps", 12, "--each", "--attention-map", "--out",
               tmp_path / "o.png", "--audio", *(world / row["audio_file_name"] for row in rows)))
     masks = [object_mask(read(tmp_path / f"o-{i + 1}.png")) for i in range(len(rows))]  # (16, 16) bool
@@ -475,12 +481,14 @@ def test_the_map_stands_where_the_drawn_object_stands(tmp_path):
     drawn = [row_of(mask) for mask in masks]
     heard = [row_of(np.clip(heat - np.median(heat), 0, None)) for heat in maps]
     order = np.random.default_rng(0).permutation(len(rows))
-    rho, shuffled = spearmanr(drawn, heard)[0], spearmanr(drawn, [heard[i] for i in order])[0]
-    inside = np.mean([auc(heat, mask) for heat, mask in zip(maps, masks, strict=True)])
-    elsewhere = np.mean([auc(maps[i], mask) for i, mask in zip(order, masks, strict=True)])
-    print(f"rho {rho:.3f}, shuffled {shuffled:.3f}; AUC {inside:.3f}, shuffled {elsewhere:.3f}")
-    assert rho > 0.7 and abs(shuffled) < 0.4
-    assert inside > 0.85 and inside > elsewhere + 0.08
+    rho, shuffled = (summary(*bootstrap_spearman(np.array([drawn, values]).T))
+                     for values in (heard, [heard[i] for i in order]))
+    inside = np.array([auc(heat, mask) for heat, mask in zip(maps, masks, strict=True)])
+    elsewhere = np.array([auc(maps[i], mask) for i, mask in zip(order, masks, strict=True)])
+    places = [interval(values) for values in (inside, elsewhere, inside - elsewhere)]
+    print("rho", *map(show_interval, (rho, shuffled)), "AUC", *map(show_interval, places))
+    assert rho[1] > 0.5 and shuffled[1] < 0 < shuffled[2]
+    assert places[0][1] > 0.8 and places[2][1] > 0.03
 
 
 def object_mask(picture: np.ndarray) -> np.ndarray:

@@ -12,9 +12,8 @@ from conftest import BASE, ok, script
 from test_models import inputs
 
 import common
-from clap2diffusion.base.device import DTYPES
+from clap2diffusion.base.device import DTYPES, hold_unet
 from clap2diffusion.base.tensor_file import read_tensors
-from clap2diffusion.engine.memory import hold_unet
 
 
 def cfg(**given) -> argparse.Namespace:

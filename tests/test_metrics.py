@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from clap2diffusion.base.statistics import RESAMPLES, bootstrap, interval
+from clap2diffusion.base.statistics import RESAMPLES, bootstrap, interval, summary
 from clap2diffusion.judging.metrics import (
     both_found,
     cmmd,
@@ -40,7 +40,7 @@ def test_interval_agrees_with_scipys_bootstrap():
 
 def test_interval_of_another_statistic_resamples_whole_clips():
     pairs = RNG.standard_normal((30, 2)) @ [[1, 0.8], [0, 0.6]]
-    value, low, high = interval(pairs, spearman)
+    value, low, high = summary(*bootstrap(pairs, spearman))
     expected = scipy.stats.bootstrap(
         (pairs[:, 0], pairs[:, 1]), lambda a, b: scipy.stats.spearmanr(a, b).statistic, paired=True,
         vectorized=False,

@@ -22,8 +22,8 @@ from diffusers import (
 import common
 from clap2diffusion.base.exits import RunFailed, UserError
 from clap2diffusion.dataset.encoders import CLAPAudioEncoder
-from clap2diffusion.pictures import export
-from clap2diffusion.pictures.export import check_export, write_adapter
+from clap2diffusion.pictures import pipelines
+from clap2diffusion.pictures.pipelines import check_export, write_adapter
 
 
 @pytest.fixture(scope="module")
@@ -157,17 +157,17 @@ def test_check_export_fails_on_a_broken_file(unet, tmp_path, monkeypatch, broken
     for name, p in ours.named_parameters():
         if ".lora_" in name:
             p.data += 0.05 * torch.randn_like(p)
-    path, layout = tmp_path / "adapter.safetensors", export.stock_layout
+    path, layout = tmp_path / "adapter.safetensors", pipelines.stock_layout
     header = {"stage": "stage2", "step": 1, "base_model": "", "clap_model": "", "fingerprints": {},
               "dims": {}, "settings": {"image_size": 64}}
     weights = {"audio_proj": audio_proj, "audio_attn": audio_attn}
     write_adapter(path, weights, ours, header)
-    assert check_export(path, BASE, audio_proj, audio_attn, ours, inputs(unet)) < 1e-4
-    monkeypatch.setattr(export, "stock_layout", lambda *a: {
+    assert check_export(path, BASE, weights, ours, inputs(unet)) < 1e-4
+    monkeypatch.setattr(pipelines, "stock_layout", lambda *a: {
         key: value * (1.5 if broken in key else 1) for key, value in layout(*a).items()})
     write_adapter(path, weights, ours, header)
     with pytest.raises(RunFailed, match="differs from ours"):
-        check_export(path, BASE, audio_proj, audio_attn, ours, inputs(unet))
+        check_export(path, BASE, weights, ours, inputs(unet))
 
 
 def test_export_with_a_unet_held_in_bf16_is_compared_with_the_base_in_float32(unet, tmp_path):
@@ -176,8 +176,9 @@ def test_export_with_a_unet_held_in_bf16_is_compared_with_the_base_in_float32(un
     path = tmp_path / "adapter.safetensors"
     header = {"stage": "stage1", "step": 1, "base_model": "", "clap_model": "", "fingerprints": {},
               "dims": {}, "settings": {"image_size": 64}}
-    write_adapter(path, {"audio_proj": audio_proj, "audio_attn": audio_attn}, ours, header)
-    assert check_export(path, BASE, audio_proj, audio_attn, ours, inputs(unet)) < 1e-4
+    weights = {"audio_proj": audio_proj, "audio_attn": audio_attn}
+    write_adapter(path, weights, ours, header)
+    assert check_export(path, BASE, weights, ours, inputs(unet)) < 1e-4
 
 
 def test_clap_embeddings_are_unit_length_repeatable_and_equal_transformers_own():

@@ -23,7 +23,7 @@ from clap2diffusion.base.exits import RunFailed
 from clap2diffusion.judging import page
 from clap2diffusion.judging.clips import pick_clips
 from clap2diffusion.judging.evaluation import write_evaluation
-from clap2diffusion.judging.tables import SOUNDS
+from clap2diffusion.judging.page import SOUNDS
 
 HOSTILE = """<b>"x"&'$"""
 CLASSES = [HOSTILE, "dog_barking", "rain"]

@@ -19,7 +19,7 @@ from clap2diffusion.dataset.cache import build_features
 from clap2diffusion.dataset.dataset import AudioImageDataset
 from clap2diffusion.dataset.decoding import load_waveform
 from clap2diffusion.dataset.encoders import CLAPAudioEncoder
-from clap2diffusion.pictures.sound_algebra import embed
+from clap2diffusion.pictures.generation import embed
 
 STAGES = (1, 2, 3)
 

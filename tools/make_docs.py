@@ -4,8 +4,7 @@
     python tools/make_docs.py --check     # exit code 1 where a table differs from its source; writes nothing
 
 A block stands between `<!-- NAME -->` and `<!-- end -->` in any of these pages. Its source is a part of a
-report that a run wrote for itself. The table of faults comes from the tests; docs/world.png is drawn here.
-"""
+report that a run wrote for itself. The table of faults comes from the tests; docs/world.png is drawn here."""
 
 import re
 import shutil
@@ -73,11 +72,9 @@ def list_faults() -> str:
 def draw_world(path: Path) -> None:
     """Three scenes of each class, and ten of two sounds."""
     pairs = [(c, world.CLASSES[(i + 4) % 10]) for i, c in enumerate(world.CLASSES)]
-    scenes = []
-    for i, names in enumerate([(c,) for c in world.CLASSES] * 3 + pairs):
-        state = world.draw_state(np.random.default_rng([9, i]), names)
-        scene = world.draw_scene(world.low_and_high(state))
-        scenes.append(scene.resize((96, 96), Image.Resampling.BICUBIC))
+    states = [world.low_and_high(world.draw_state(np.random.default_rng([9, i]), names))
+              for i, names in enumerate([(c,) for c in world.CLASSES] * 3 + pairs)]
+    scenes = [world.draw_scene(state).resize((96, 96), Image.Resampling.BICUBIC) for state in states]
     write_atomic(path, png_bytes(tile(scenes, columns=10), optimize=True))
 
 
@@ -88,7 +85,7 @@ def main() -> None:
     add("--check", action="store_true", help="change nothing; say which blocks differ from their sources")
     args = parser.parse_args()
     pages = {path: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
-    differing, written = [], []
+    stale = []  # blocks and their pages
     for name, (source, first, after) in {name: BLOCKS[name] for name in args.only}.items():
         block = re.compile(rf"(?<=<!-- {name} -->\n)(?:(?!<!--).)*(?=<!-- end -->)", re.S)
         found = [path for path, text in pages.items() if block.search(text)]
@@ -98,15 +95,15 @@ def main() -> None:
         content = list_faults() if name == "faults" else excerpt(ROOT / source, first, after)
         for path in found:
             if block.search(pages[path])[0] != content:
-                differing.append(name)
-                written.append(path)
+                stale.append((name, path))
                 pages[path] = block.sub(lambda _, content=content: content, pages[path])
-    print(("differ: " if args.check else "rewritten: ") + (", ".join(differing) or "none"))
-    if args.check and differing:
-        names = ", ".join(dict.fromkeys(path.name for path in written))
-        raise RunFailed(f"{names}: {', '.join(differing)} differ from their sources; run tools/make_docs.py")
+    differing = ", ".join(name for name, _ in stale)
+    print(("differ: " if args.check else "rewritten: ") + (differing or "none"))
+    if args.check and stale:
+        names = ", ".join(dict.fromkeys(path.name for _, path in stale))
+        raise RunFailed(f"{names}: {differing} differ from their sources; run tools/make_docs.py")
     if not args.check:
-        for path in set(written):
+        for path in {path for _, path in stale}:
             write_atomic(path, pages[path].encode())
         draw_world(ROOT / "docs/world.png")
         for name, source in PICTURES.items():

@@ -21,6 +21,7 @@ import shutil
 import string
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -29,7 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from PIL import Image
+from PIL import Image, ImageOps
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from tqdm import tqdm
@@ -39,66 +40,47 @@ sys.path.insert(0, str(HERE.parent))
 
 from clap2diffusion.base.device import quiet_libraries  # noqa: E402
 from clap2diffusion.base.exits import run_main  # noqa: E402
+from clap2diffusion.base.files import read_json, write_json  # noqa: E402
 from clap2diffusion.base.settings import Number, new_parser  # noqa: E402
 from clap2diffusion.base.workers import in_processes  # noqa: E402
+from clap2diffusion.dataset.encoders import CLAPAudioEncoder, log_mel  # noqa: E402
 from clap2diffusion.judging import metrics  # noqa: E402
 from clap2diffusion.judging.judge import Judge  # noqa: E402
 from clap2diffusion.pictures.sheets import tile  # noqa: E402
 from clap2diffusion.world import sound_world as world  # noqa: E402
 
-PARTS = ("base", "clap", "judge")
-NAMES = {  # the plain caption of each class
-    one: [world.class_caption((c,), one) for c in world.CLASSES] for one in ("en", "ko")}
+NAMES = {one: [world.class_caption((c,), one) for c in world.CLASSES] for one in ("en", "ko")}  # captions
 PICTURES, SOUNDS, HELD_OUT = 1000, 1001, 1002  # first part of each generator's key after the seed
-L, WIDTH = 32, 0.05  # text tokens; standard deviation of the VAE's posterior
-CONFIGS = json.loads((HERE / "tiny_models.json").read_text())
+L, WIDTH, PAIRS = 32, 0.05, 0.35  # text tokens; deviation of the VAE's posterior; share of two sounds
+CONFIGS = read_json(HERE / "tiny_models.json")
+EXTRACTOR = transformers.ClapFeatureExtractor(**CONFIGS["extractor"])
 BARE = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-COUNTS = {  # of flag --NAME: (lowest, default, help)
+COUNTS = {  # of the flags: (lowest, default, help)
     "threads": (1, 2, "CPU threads"),
     "pictures": (64, 20000, "scenes drawn for VAE, UNet and judge"),
     "sounds": (64, 10000, "clips synthesised for CLAP"),
-    "vae-steps": (1, 4400, "steps: three quarters on 16 crops, the rest on 8 scenes"),
-    "unet-steps": (1, 4800, "UNet, first part: steps of 32 latents"),
-    "layout-steps": (1, 1000, "UNet, later parts: the noisiest timesteps, then half as many again"),
-    "detail-steps": (1, 1600, "UNet, last parts: the middle timesteps, five times"),
-    "clap-steps": (1, 6000, "steps of 32 clips and 16 mixtures"),
-    "judge-steps": (1, 2000, "steps of 64 pictures")}
-
-
-def parse_flags() -> argparse.Namespace:
-    parser = new_parser(__doc__)
-    add = parser.add_argument
-    add("--out", default="assets/tiny", help="folder to write the models and the report into")
-    add("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to make; the report needs all")
-    add("--seed", type=Number(int, 0), default=0, help="seed of the examples and of the training")
-    for name, (lowest, default, text) in COUNTS.items():
-        add(f"--{name}", type=Number(int, lowest), default=default, help=text)
-    add("--smoke", action="store_true", help="a few steps of each: folders and shapes only")
-    args = parser.parse_args()
-    if args.smoke:
-        counts = {name: 3 if name.endswith("steps") else 64 for name in COUNTS if name != "threads"}
-        vars(args).update({name.replace("-", "_"): count for name, count in counts.items()})
-    return args
+    "vae_steps": (1, 4400, "steps: three quarters on 16 crops, the rest on 8 scenes"),
+    "unet_steps": (1, 4800, "UNet, first part: steps of 32 latents"),
+    "layout_steps": (1, 1000, "UNet, later parts: the noisiest timesteps, then half as many again"),
+    "detail_steps": (1, 1600, "UNet, last parts: the middle timesteps, five times"),
+    "clap_steps": (1, 6000, "steps of 32 clips and 16 mixtures"),
+    "judge_steps": (1, 2000, "steps of 64 pictures")}
 
 
 # --- examples
 
-def example(seed: int, part: int, i: int, pairs: float = 0.35) -> tuple[world.State, np.random.Generator]:
-    """Example i of a part: its state (a share `pairs` holds two sounds) and a generator for its captions."""
-    rng = np.random.default_rng([seed, part, i])
-    return world.draw_state(rng, pairs=pairs, allow_unheard=True), rng
-
-
 def scene(key: tuple[int, int, int]) -> tuple:
     """Pixels (64, 64, 3), four captions and four more that say everything, labels."""
-    state, rng = example(*key)
+    rng = np.random.default_rng(key)
+    state = world.draw_state(rng, pairs=PAIRS)
     captions = [world.caption(state, rng, detail) for detail in [None] * 4 + [world.EVERY_DETAIL] * 4]
     return np.asarray(world.draw_scene(state)), captions, state.labels
 
 
 def sound(key: tuple[int, int, int]) -> tuple:
     """Log-mel (1, 251, 64), four captions, presence (10,), properties (31,), NaN where nothing sounds."""
-    state, rng = example(*key, pairs=0.5)
+    rng = np.random.default_rng(key)
+    state = world.draw_state(rng, pairs=0.5)
     presence, properties = np.zeros(10, np.float32), np.full(31, np.nan, np.float32)
     for source in state.sources:
         c = world.CLASSES.index(source.label)
@@ -106,19 +88,14 @@ def sound(key: tuple[int, int, int]) -> tuple:
         properties[3 * c:3 * c + 3] = source.loudness, source.pitch, source.rate
     properties[30] = state.density
     captions = [world.caption(state, rng) for _ in range(4)]
-    return log_mel([world.synthesise(state)])[0].astype(np.float16), captions, presence, properties
+    features = log_mel(EXTRACTOR, world.synthesise(state))["input_features"][0]
+    return features.astype(np.float16), captions, presence, properties
 
 
 def draw(function, seed: int, part: int, n: int, what: str) -> list[tuple]:
     """What the function gives of the examples 0..n-1 of a part, as columns."""
     found = in_processes(function, [(seed, part, i) for i in range(n)], 2, what, "example")
     return list(zip(*found, strict=True))
-
-
-def log_mel(waveforms: list[np.ndarray]) -> np.ndarray:
-    """B waveforms (samples,) -> (B, 1, 251, 64)."""
-    extractor = transformers.ClapFeatureExtractor(**CONFIGS["extractor"])
-    return extractor(waveforms, sampling_rate=48000, return_tensors="np")["input_features"]
 
 
 def as_images(pictures: np.ndarray) -> Tensor:
@@ -150,9 +127,7 @@ def train(what: str, parameters, loss_at, steps: int, learning_rate: float, ema=
 
 def train_tokenizer(kind, captions: list[list[str]], vocabulary: int) -> tuple:
     """A byte-level BPE of transformers' own kind, trained on the captions, and what a model is to know of it.
-
-    Every byte is in the alphabet, so that a word the world never says does not end the sentence.
-    """
+    Every byte is in the alphabet, so that a word the world never says does not end the sentence."""
     every = [" ".join(map(chr, range(0xAC00, 0xAC40))), " ".join(string.printable.strip())]
     tokenizer = kind(model_max_length=L).train_new_from_iterator(
         [*(c for some in captions for c in some), *every], vocabulary, initial_alphabet=ByteLevel.alphabet())
@@ -167,53 +142,34 @@ def encode_text(tokenizer, captions: list[list[str]]) -> Tensor:
     return ids.view(len(captions), -1, L)
 
 
-def learn_vae(pictures: np.ndarray, args: argparse.Namespace) -> tuple[diffusers.AutoencoderKL, dict]:
-    """The VAE (64 px -> 16 x 16 x 4) and the seconds it took."""
+def make_vae(pictures: np.ndarray, kept: Path, args: argparse.Namespace) -> tuple:
+    """The VAE and the seconds it took. It is kept: a stopped UNet does not cost it."""
+    if (kept / "training.json").exists():
+        return diffusers.AutoencoderKL.from_pretrained(kept).eval(), read_json(kept / "training.json")
     torch.manual_seed(args.seed)
     rng = np.random.default_rng([args.seed, 2000])
     vae = diffusers.AutoencoderKL(**CONFIGS["vae"]).to(memory_format=torch.channels_last)
 
-    def crops() -> np.ndarray:
-        """16 squares of 32 pixels: of three places the one with most in it, as the sky teaches little."""
-        found = []
-        for i in rng.integers(len(pictures), size=16):
-            places = [pictures[i, y:y + 32, x:x + 32] for y, x in rng.integers(33, size=(3, 2))]
-            found.append(max(places, key=lambda place: place.std()))
-        return np.stack(found)
+    def crop(i: int) -> np.ndarray:
+        """A square of 32 pixels: of three places the one with most in it, as the sky teaches little."""
+        places = rng.integers(33, size=(3, 2))
+        return max((pictures[i, y:y + 32, x:x + 32] for y, x in places), key=np.std)
 
     def vae_loss(step: int) -> Tensor:
         whole = step >= 0.75 * args.vae_steps  # group norms see a whole scene's statistics at last
-        x = as_images(pictures[rng.integers(len(pictures), size=8)] if whole else crops())
+        picks = rng.integers(len(pictures), size=8 if whole else 16)
+        x = as_images(pictures[picks] if whole else np.stack([crop(i) for i in picks]))
         x = x.contiguous(memory_format=torch.channels_last)
         posterior = vae.encode(x).latent_dist
         y = vae.decode(posterior.mean + WIDTH * torch.randn_like(posterior.mean)).sample
         edges = sum(F.mse_loss(y.diff(dim=d), x.diff(dim=d)) for d in (2, 3))  # for sharp borders
         return F.mse_loss(y, x) + edges + 1e-5 * posterior.kl().mean() / posterior.mean[0].numel()
-
     seconds = train("VAE", vae.parameters(), vae_loss, args.vae_steps, 2e-3)
     with torch.no_grad():  # the posterior's width is the noise the decoder was trained with, everywhere
         vae.quant_conv.weight[4:] = 0
         vae.quant_conv.bias[4:] = 2 * math.log(WIDTH)
-    return vae.to(memory_format=torch.contiguous_format), {"vae": seconds}
-
-
-def encode_pictures(pictures: np.ndarray, kept: Path, args: argparse.Namespace) -> tuple:
-    """(VAE, scaled latents (n, 4, 16, 16), seconds). The VAE is kept: a stopped UNet does not cost it."""
-    if (kept / "training.json").exists():
-        vae, seconds = diffusers.AutoencoderKL.from_pretrained(kept), read_seconds(kept)
-    else:
-        vae, seconds = learn_vae(pictures, args)
-        save(kept, seconds, vae)
-    vae.eval()
-    with torch.inference_mode():
-        latents = torch.cat([vae.encode(as_images(pictures[i:i + 64])).latent_dist.mean
-                             for i in range(0, len(pictures), 64)])
-    vae.register_to_config(scaling_factor=float(1 / latents.std()))
-    return vae, latents.clone() * vae.config.scaling_factor, seconds
-
-
-def read_seconds(folder: Path) -> dict:
-    return json.loads((folder / "training.json").read_text())
+    save(kept, {"vae": seconds}, vae.to(memory_format=torch.contiguous_format))
+    return vae.eval(), {"vae": seconds}
 
 
 def save(folder: Path, seconds: dict, *parts) -> None:
@@ -224,16 +180,20 @@ def save(folder: Path, seconds: dict, *parts) -> None:
 
 def make_base(out: Path, args: argparse.Namespace) -> None:
     """VAE (64 px -> 16 x 16 x 4), then UNet and text encoder together, on captions, a tenth of them empty.
-
     UNet and text encoder learn in parts. After the first, at the usual captions and even timesteps, a caption
     sets the class, the size and the sky, but neither height nor count: captions seldom name them, a layout is
     decided at the few noisiest timesteps, and marks in the middle. So in the later parts two of three
-    captions say everything, and timesteps are drawn more often from there: first from the noisy end, then,
-    five times over, from the middle.
-    """
+    captions say everything, and timesteps come more often from there: first from the noisy end, then, five
+    times over, from the middle."""
     from diffusers.training_utils import EMAModel  # at the top it would make bitsandbytes speak
     pictures, captions, _ = draw(scene, args.seed, PICTURES, args.pictures, "scenes")
-    vae, latents, seconds = encode_pictures(np.stack(pictures), out.with_name(".vae"), args)
+    pictures = np.stack(pictures)
+    vae, seconds = make_vae(pictures, out.with_name(".vae"), args)
+    with torch.inference_mode():
+        latents = torch.cat([vae.encode(as_images(pictures[i:i + 64])).latent_dist.mean
+                             for i in range(0, len(pictures), 64)])
+    vae.register_to_config(scaling_factor=float(1 / latents.std()))
+    latents = latents.clone() * vae.config.scaling_factor  # (n, 4, 16, 16)
     torch.manual_seed(args.seed + 3)  # so that a VAE kept from a stopped run changes nothing
     rng = np.random.default_rng([args.seed, 2003])
     tokenizer, facts = train_tokenizer(transformers.CLIPTokenizer, [eight[:4] for eight in captions], 1200)
@@ -247,63 +207,53 @@ def make_base(out: Path, args: argparse.Namespace) -> None:
     ids, empty = encode_text(tokenizer, captions), encode_text(tokenizer, [[""]])[0, 0]
     parameters = [*unet.parameters(), *text_encoder.parameters()]
 
-    def unet_loss(first: int, last: int, low: int, high: int, share: float):
+    def unet_loss(first: int, last: int, low: int, high: int, share: float, step: int) -> Tensor:
         """The loss on captions first..last-1, a `share` of the timesteps drawn from low..high-1."""
-        def loss_at(step: int) -> Tensor:
-            i = rng.integers(len(latents), size=32)
-            x, text = latents[i], ids[i, rng.integers(first, last, size=32)]
-            text = torch.where(torch.from_numpy(rng.random(32) < 0.1)[:, None], empty, text)
-            noise, timesteps = torch.randn_like(x), torch.randint(1000, (32,))
-            timesteps = torch.where(torch.rand(32) < share, torch.randint(low, high, (32,)), timesteps)
-            hidden = text_encoder(text).last_hidden_state
-            pred = unet(noiser.add_noise(x, noise, timesteps), timesteps, hidden).sample
-            return F.mse_loss(pred, noiser.get_velocity(x, noise, timesteps))
-        return loss_at
-
+        i = rng.integers(len(latents), size=32)
+        x, text = latents[i], ids[i, rng.integers(first, last, size=32)]
+        text = torch.where(torch.from_numpy(rng.random(32) < 0.1)[:, None], empty, text)
+        noise, timesteps = torch.randn_like(x), torch.randint(1000, (32,))
+        timesteps = torch.where(torch.rand(32) < share, torch.randint(low, high, (32,)), timesteps)
+        hidden = text_encoder(text).last_hidden_state
+        pred = unet(noiser.add_noise(x, noise, timesteps), timesteps, hidden).sample
+        return F.mse_loss(pred, noiser.get_velocity(x, noise, timesteps))
     seconds["unet"] = 0.0
     details = [(args.detail_steps, 2, 8, 300, 700, 0.7)] * 5
     for steps, *how in ((args.unet_steps, 0, 4, 0, 1000, 0.0), (args.layout_steps, 2, 8, 800, 1000, 0.6),
                         (args.layout_steps * 3 // 2, 2, 8, 500, 1000, 0.6), *details):
         ema = EMAModel(parameters, decay=0.998)
-        seconds["unet"] += train("UNet", parameters, unet_loss(*how), steps, 1.5e-3, ema)
+        seconds["unet"] += train("UNet", parameters, partial(unet_loss, *how), steps, 1.5e-3, ema)
         ema.copy_to(parameters)
     save(out, seconds, diffusers.StableDiffusionPipeline(
         vae=vae, text_encoder=text_encoder.eval(), tokenizer=tokenizer, unet=unet.eval(),
         scheduler=scheduler, **BARE))
 
 
-class Mixer:
-    """Sums of a low and a high single sound, as one microphone hears them. Their captions are nobody's."""
+def mixer(features: Tensor, presence: Tensor, properties: Tensor, rng: np.random.Generator):
+    """A function that draws sums of a low and a high single sound, as one microphone hears them."""
+    single = np.flatnonzero(presence.sum(1) == 1)
+    loudness, pitch = properties[single, :30].view(-1, 10, 3)[..., :2].nan_to_num().sum(1).numpy().T
+    kinds = presence.argmax(1).numpy()[single]
+    low, high = np.flatnonzero(pitch <= world.LOW_PITCH), np.flatnonzero(pitch >= world.HIGH_PITCH)
 
-    def __init__(self, features: Tensor, presence: Tensor, properties: Tensor, rng: np.random.Generator):
-        self.features, self.presence, self.properties, self.rng = features, presence, properties, rng
-        self.single = np.flatnonzero(presence.sum(1) == 1)
-        own = properties[self.single, :30].view(-1, 10, 3)
-        self.loudness, pitch = own[..., :2].nan_to_num().sum(1).numpy().T
-        self.kinds = presence.argmax(1).numpy()[self.single]
-        self.low = np.flatnonzero(pitch <= world.LOW_PITCH)
-        self.high = np.flatnonzero(pitch >= world.HIGH_PITCH)
-
-    def mix(self) -> tuple[Tensor, Tensor, Tensor]:
-        """16 of them: log-mel, presence, properties."""
-        a, b = self.rng.choice(self.low, 128), self.rng.choice(self.high, 128)
-        near = abs(self.loudness[a] - self.loudness[b]) <= world.PAIR_LOUDNESS
-        fits = (self.kinds[a] != self.kinds[b]) & near
-        a, b = self.single[a[fits][:16]], self.single[b[fits][:16]]
-        power = 10 ** (self.features[a].float() / 10) + 10 ** (self.features[b].float() / 10)  # powers add
-        both = torch.where(self.properties[a].isnan(), self.properties[b], self.properties[a])
+    def mix() -> tuple[Tensor, Tensor, Tensor]:
+        """16 of them: log-mel, presence, properties. Their captions are nobody's."""
+        a, b = rng.choice(low, 128), rng.choice(high, 128)
+        fits = (kinds[a] != kinds[b]) & (abs(loudness[a] - loudness[b]) <= world.PAIR_LOUDNESS)
+        a, b = single[a[fits][:16]], single[b[fits][:16]]
+        power = 10 ** (features[a].float() / 10) + 10 ** (features[b].float() / 10)  # powers add
+        both = torch.where(properties[a].isnan(), properties[b], properties[a])
         both[:, 30] = torch.nan
-        return 10 * power.log10(), self.presence[a] + self.presence[b], both
+        return 10 * power.log10(), presence[a] + presence[b], both
+    return mix
 
 
 def axes_loss(audio_embeds: Tensor, axes: Tensor, rest: Tensor, present: Tensor, values: Tensor) -> Tensor:
     """Give every class and property a fixed direction of its own.
-
     So two sounds add up, and no property is lost in a corner of the space: present is 8 along its direction
     and absent 0, a property runs from -4 to 4; what does not sound has 0. The embedding's length is fixed, so
     what these leave over goes to one direction that is the same for all. Were it to go anywhere, each pair
-    would have a place of its own, and nothing learned of other pairs would tell about it.
-    """
+    would have a place of its own, and nothing learned of other pairs would tell about it."""
     embeds = F.normalize(audio_embeds, dim=-1) * math.sqrt(512)
     along, known = embeds @ axes, ~values.isnan()
     loss = 4 * F.binary_cross_entropy_with_logits(along[:, :10] - 4, present)
@@ -326,12 +276,12 @@ def make_clap(out: Path, args: argparse.Namespace) -> None:
     axes = torch.linalg.qr(torch.randn(512, 41))[0]  # orthonormal columns: ten of presence, 31 of properties
     rest = torch.ones(512) - axes @ axes.sum(0)  # the direction of what all sounds share
     rest = rest / rest.norm()
-    ids, mixer = encode_text(tokenizer, captions), Mixer(features, presence, properties, rng)
+    ids, mix = encode_text(tokenizer, captions), mixer(features, presence, properties, rng)
 
     def clap_loss(step: int) -> Tensor:
         i = rng.integers(len(features), size=32)
         text = ids[i, rng.integers(4, size=32)]
-        sounds, present, values = mixer.mix()
+        sounds, present, values = mix()
         output = model(input_ids=text, attention_mask=(text != tokenizer.pad_token_id).long(),
                        input_features=features[i].float())
         mixed = model.get_audio_features(input_features=sounds).pooler_output
@@ -341,11 +291,8 @@ def make_clap(out: Path, args: argparse.Namespace) -> None:
         loss = (F.cross_entropy(logits[0], target) + F.cross_entropy(logits[1], target)) / 2
         return loss + axes_loss(torch.cat([output.audio_embeds, mixed]), axes, rest,
                                 torch.cat([presence[i], present]), torch.cat([properties[i], values]))
-
-    model.train()
     seconds = train("CLAP", model.parameters(), clap_loss, args.clap_steps, 1.5e-3)
-    extractor = transformers.ClapFeatureExtractor(**CONFIGS["extractor"])
-    save(out, {"clap": seconds}, model.eval(), tokenizer, extractor)
+    save(out, {"clap": seconds}, model.eval(), tokenizer, EXTRACTOR)
 
 
 def make_judge(out: Path, args: argparse.Namespace) -> None:
@@ -361,8 +308,7 @@ def make_judge(out: Path, args: argparse.Namespace) -> None:
     model.logit_scale.data.fill_(math.log(10))  # the paper's start: few pairs are positive, hence the bias
     model.logit_bias.data.fill_(-10)
     ids = encode_text(tokenizer, [four + two for four, two in zip(captions, plain, strict=True)])  # (n, 6, L)
-    kinds = sorted(set(labels))
-    label_ids = np.array([kinds.index(names) for names in labels])
+    kinds = np.unique(["+".join(names) for names in labels], return_inverse=True)[1]
     presence = torch.tensor([[c in names for c in world.CLASSES] for names in labels])
 
     def judge_loss(step: int) -> Tensor:
@@ -370,16 +316,14 @@ def make_judge(out: Path, args: argparse.Namespace) -> None:
         which = np.where(rng.random(64) < 0.5, rng.integers(4, 6, size=64), rng.integers(4, size=64))
         output = model(input_ids=ids[i, which], pixel_values=as_images(pictures[i]))
         is_plain = torch.from_numpy(which >= 4)
-        same = torch.from_numpy(label_ids[i][:, None] == label_ids[i][None])
+        same = torch.from_numpy(kinds[i][:, None] == kinds[i][None])
         target = torch.eye(64, dtype=torch.bool) | (same & is_plain)
         # "a dog" is neither true nor false of a dog beside a fire. So a caption whose classes the scene has,
-        # among others, is left out. So is a detailed caption of another scene with the same labels in another
-        # order.
+        # among others, is left out, as is a detailed one of a scene with the same labels in another order.
         inside = (presence[i][:, None] | ~presence[i][None]).all(-1)
         keep = target | ~inside | (same & ~is_plain)
         loss = F.binary_cross_entropy_with_logits(output.logits_per_image, target.float(), reduction="none")
         return (loss * keep).sum() / 64
-
     seconds = train("judge", model.parameters(), judge_loss, args.judge_steps, 7e-4)
     processor = transformers.SiglipImageProcessorPil(size={"height": 64, "width": 64})
     save(out, {"judge": seconds}, model.eval(), tokenizer, processor)
@@ -388,13 +332,13 @@ def make_judge(out: Path, args: argparse.Namespace) -> None:
 # --- the report
 
 def write_sheet(path: Path, images: list, columns: int) -> None:
-    twice = [image.resize((128, 128), Image.Resampling.NEAREST) for image in images]
-    tile(twice, columns=columns, gap=0).save(path)
+    ImageOps.scale(tile(images, columns=columns, gap=0), 2, Image.Resampling.NEAREST).save(path)
 
 
-def right_share(similarity: np.ndarray, truth: np.ndarray) -> float:
-    """Share of the rows whose own column is the best."""
-    return float((metrics.ranks_of_truth(similarity, truth) == 1).mean())
+def right_shares(embeds, embed_captions, truth: np.ndarray) -> dict[str, float]:
+    """Share of embeddings (n, D) to which their class's caption is the nearest, by language."""
+    ranks = {one: metrics.ranks_of_truth(embeds @ embed_captions(NAMES[one]).T, truth) for one in NAMES}
+    return {f"right_{one}": float((found == 1).mean()) for one, found in ranks.items()}
 
 
 def both_found(judge: Judge, images: list, states: list[world.State]) -> float:
@@ -405,7 +349,7 @@ def both_found(judge: Judge, images: list, states: list[world.State]) -> float:
 
 def measure_vae(vae, renders: list, out: Path) -> dict:
     """How well the VAE rebuilds real renders, and a sheet of 16."""
-    x = as_images(np.stack([np.asarray(render) for render in renders]))
+    x = as_images(np.stack(renders))
     with torch.inference_mode():
         y = torch.cat([vae.decode(vae.encode(part).latent_dist.mean).sample for part in x.split(64)])
     error = (y.clamp(-1, 1) - x) / 2
@@ -420,81 +364,87 @@ def measure_text_to_image(pipe, judge: Judge, asked: list[world.State], n: int, 
     def pictures(captions: list[str], seed: int) -> list:
         generators = [torch.Generator().manual_seed(seed + k) for k in range(len(captions))]
         return pipe(captions, guidance_scale=5.0, num_inference_steps=25, generator=generators).images
-
-    wanted, made = np.repeat(np.arange(10), n), []
-    for at in range(0, len(wanted), 20):
-        made += pictures([NAMES["en"][c] for c in wanted[at:at + 20]], at)
-    shown = [made[c * n + k] for c in range(10) for k in range(min(n, 8))]
-    write_sheet(out / "text_to_image.png", shown, min(n, 8))
-    right = (judge.images(made) @ judge.captions(NAMES["en"]).T).argmax(1) == wanted
-    by_class = {name: float(right[wanted == c].mean()) for c, name in enumerate(world.CLASSES)}
+    captions, shown = np.repeat(NAMES["en"], n).tolist(), min(n, 8)
+    made = [image for at in range(0, 10 * n, 20) for image in pictures(captions[at:at + 20], at)]
+    write_sheet(out / "text_to_image.png", [image for i, image in enumerate(made) if i % n < shown], shown)
+    seen = (judge.images(made) @ judge.captions(NAMES["en"]).T).argmax(1).reshape(10, n)
+    by_class = {name: float((seen[c] == c).mean()) for c, name in enumerate(world.CLASSES)}
     pairs = pictures([world.class_caption(state.labels) for state in asked], 5000)
-    return {"n": len(wanted), "right": float(np.mean(list(by_class.values()))), "by_class": by_class,
+    return {"n": len(made), "right": float(np.mean(list(by_class.values()))), "by_class": by_class,
             "pairs_n": len(asked), "pairs_both_found": both_found(judge, pairs, asked), "guidance": 5.0,
             "steps": 25}
 
 
-def measure_clap(clap, tokenizer, states: list[world.State], truth: np.ndarray) -> dict:
+@torch.inference_mode()
+def measure_clap(folder: Path, clap, states: list[world.State], truth: np.ndarray) -> dict:
     """Share of single sounds whose class's caption is the nearest, by language."""
-    found, waveforms = {"n": len(states)}, [world.synthesise(state) for state in states]
-    with torch.inference_mode():
-        audio = clap.get_audio_features(torch.from_numpy(log_mel(waveforms))).pooler_output
-        for language, captions in NAMES.items():
-            [ids] = encode_text(tokenizer, [captions])
-            mask = (ids != tokenizer.pad_token_id).long()
-            text = clap.get_text_features(input_ids=ids, attention_mask=mask).pooler_output
-            similarity = F.normalize(audio) @ F.normalize(text).T
-            found[f"right_{language}"] = right_share(similarity.numpy(), truth)
-    return found
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+
+    def embed(captions: list[str]) -> np.ndarray:
+        tokens = tokenizer(captions, padding="max_length", max_length=L, truncation=True, return_tensors="pt")
+        return F.normalize(clap.get_text_features(**tokens).pooler_output).numpy()
+    sounds = CLAPAudioEncoder(folder)([world.synthesise(state) for state in states])
+    return {"n": len(states), **right_shares(sounds.numpy(), embed, truth)}
 
 
 def measure(out: Path, args: argparse.Namespace, seconds: dict) -> dict:
     """Reconstructions, text-to-image by class and pair, sounds by caption, the judge on real renders."""
-    held_out = [example(args.seed, HELD_OUT, i)[0] for i in range(8 if args.smoke else 400)]
-    single, pairs = ([state for state in held_out if len(state.sources) == n] for n in (1, 2))
-    renders, judge = {state: world.draw_scene(state) for state in held_out}, Judge(out / "judge")
+    n, most, each = (8, 4, 1) if args.smoke else (400, 100, 20)
+    keys = [(args.seed, HELD_OUT, i) for i in range(n)]
+    held_out = [world.draw_state(np.random.default_rng(key), pairs=PAIRS) for key in keys]
+    single, pairs = ([state for state in held_out if len(state.sources) == k] for k in (1, 2))
+    renders, seen, both = (list(map(world.draw_scene, states)) for states in (held_out, single, pairs))
     truth = np.array([world.CLASSES.index(state.labels[0]) for state in single])
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(out / "base", **BARE)
     pipe.set_progress_bar_config(disable=True)
-    clap = transformers.ClapModel.from_pretrained(out / "clap")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(out / "clap")
-    seen, (asked, n) = judge.images([renders[state] for state in single]), (pairs[:100], 20)
-    if args.smoke:
-        asked, n = pairs[:4], 1
+    clap, judge = transformers.ClapModel.from_pretrained(out / "clap"), Judge(out / "judge")
     models = {"vae": pipe.vae, "unet": pipe.unet, "text_encoder": pipe.text_encoder, "clap": clap,
               "judge": judge.model}
-    return {"vae": measure_vae(pipe.vae, list(renders.values()), out),
-            "text_to_image": measure_text_to_image(pipe, judge, asked, n, out),
-            "clap": measure_clap(clap, tokenizer, single, truth),
-            "judge": {"n": len(single), **{f"right_{one}": right_share(seen @ judge.captions(names).T, truth)
-                                           for one, names in NAMES.items()}, "pairs_n": len(pairs),
-                      "pairs_both_found": both_found(judge, [renders[state] for state in pairs], pairs)},
-            "parameters": {name: sum(p.numel() for p in one.parameters()) for name, one in models.items()},
+    return {"vae": measure_vae(pipe.vae, renders, out),
+            "text_to_image": measure_text_to_image(pipe, judge, pairs[:most], each, out),
+            "clap": measure_clap(out / "clap", clap, single, truth),
+            "judge": {"n": len(single), **right_shares(judge.images(seen), judge.captions, truth),
+                      "pairs_n": len(pairs), "pairs_both_found": both_found(judge, both, pairs)},
+            "parameters": {name: model.num_parameters() for name, model in models.items()},
             "megabytes": round(sum(p.stat().st_size for p in out.rglob("*.safetensors")) / 1e6, 1),
             "seconds": seconds, "seed": args.seed,
             "settings": {k: v for k, v in vars(args).items() if k not in ("out", "only", "threads")}}
 
 
+PARTS = {"base": make_base, "clap": make_clap, "judge": make_judge}
+
+
 def main() -> None:
-    args = parse_flags()
+    parser = new_parser(__doc__)
+    add = parser.add_argument
+    add("--out", default="assets/tiny", help="folder to write the models and the report into")
+    add("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to make; the report needs all")
+    add("--seed", type=Number(int, 0), default=0, help="seed of the examples and of the training")
+    for name, (lowest, default, text) in COUNTS.items():
+        add(f"--{name.replace('_', '-')}", type=Number(int, lowest), default=default, help=text)
+    add("--smoke", action="store_true", help="a few steps of each: folders and shapes only")
+    args = parser.parse_args()
+    if args.smoke:
+        vars(args).update({name: 3 if name.endswith("steps") else 64 for name in COUNTS if name != "threads"})
     quiet_libraries()
     torch.set_num_threads(args.threads)
     out, made = Path(args.out), []
     out.mkdir(parents=True, exist_ok=True)
-    for part, make in (("base", make_base), ("clap", make_clap), ("judge", make_judge)):
+    for part in (part for part in PARTS if part in args.only):
         building = out / f".{part}.building"
-        if part in args.only and (out / part).exists():
+        if (out / part).exists():
             print(f"{out / part}: already made", flush=True)
-        elif part in args.only:
-            shutil.rmtree(building, ignore_errors=True)
-            make(building, args)
-            building.rename(out / part)  # a part is there whole or not at all
-            made.append(part)
-            seconds = sum(read_seconds(out / part).values())
-            print(f"{out / part}: made in {seconds:.0f} s of training", flush=True)
+            continue
+        shutil.rmtree(building, ignore_errors=True)
+        PARTS[part](building, args)
+        building.rename(out / part)  # a part is there whole or not at all
+        made.append(part)
+        seconds = sum(read_json(out / part / "training.json").values())
+        print(f"{out / part}: made in {seconds:.0f} s of training", flush=True)
     if all((out / part).exists() for part in PARTS) and (made or not (out / "report.json").exists()):
-        report = measure(out, args, {k: v for part in PARTS for k, v in read_seconds(out / part).items()})
-        (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+        seconds = {k: v for part in PARTS for k, v in read_json(out / part / "training.json").items()}
+        report = measure(out, args, seconds)
+        write_json(out / "report.json", report)
         template = jinja2.Template((HERE / "tiny_models.md.j2").read_text(), keep_trailing_newline=True)
         (out / "report.md").write_text(template.render(report))
         print(template.render(report), flush=True)

@@ -8,8 +8,7 @@
 The project is copied. The copy is broken in one place at a time, and the rows run there. First every `raise`
 of the modules in TARGETS is taken out, if a row waits for its words or it has none of its own. For runs,
 where a row takes seconds, it must have words. Then the lines of CHANGES are changed. A mutant that turns both
-control rows red breaks everything and counts for nothing. A row that was red is not run again.
-"""
+control rows red breaks everything and counts for nothing. A row that was red is not run again."""
 
 import argparse
 import ast
@@ -51,10 +50,7 @@ def taken_out(source: str):
 
 
 def mutants(target: str, left: dict[str, str]):
-    """(module, what was done, its source, rows that may notice) in turn.
-
-    left: the rows that were not red yet and their sentences.
-    """
+    """(module, what was done, its source, rows that may notice) in turn. left: {row, not red yet: words}."""
     paths = (path for pattern in TARGETS[target] for path in sorted(ROOT.glob(pattern)))
     for module in (path.relative_to(ROOT) for path in paths):
         for where, source, said in taken_out((ROOT / module).read_text()):
@@ -70,19 +66,19 @@ def mutants(target: str, left: dict[str, str]):
                {row for row in left if re.search(change.get("rows", ""), row)})
 
 
+def pytest(place: Path, *args: str) -> subprocess.CompletedProcess:
+    more = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(place), "PYTHONDONTWRITEBYTECODE": "1",
+            "COLUMNS": "1000"}
+    return subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *args], cwd=place,
+                          capture_output=True, text=True, env=os.environ | more)
+
+
 def red_rows(place: Path, test: str, rows: set[str]) -> set[str]:
     """The tests that fail there."""
-    done = pytest(place, "-rfE", "--tb=no", "-m", "not slow", *(f"{test}::{row}" for row in sorted(rows)))
+    done = pytest(place, "-rfE", "--tb=no", *(f"{test}::{row}" for row in sorted(rows)))
     assert done.returncode in (0, 1), done.stdout + done.stderr
-    return {row for row in rows if re.search(rf"^(?:FAILED|ERROR) {re.escape(f'{test}::{row}')}", done.stdout,
-                                             re.MULTILINE)}
-
-
-def pytest(place: Path, *args: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *args], cwd=place,
-                          capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(place),
-                               "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "1000"})
+    return {row for row in rows
+            if re.search(rf"^(?:FAILED|ERROR) {re.escape(f'{test}::{row}')}", done.stdout, re.MULTILINE)}
 
 
 def share_a_run(made: Path, place: Path) -> None:
@@ -107,21 +103,17 @@ def main() -> None:
     test = f"tests/test_faults_{args.target}.py"
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary) / "copy"
-        listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
-                                capture_output=True, text=True, check=True).stdout.splitlines()
-        for name in filter(lambda name: (ROOT / name).exists(), listed):
-            (place / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, place / name)
+        shutil.copytree(ROOT, place, ignore=shutil.ignore_patterns(
+            ".git", ".venv", "runs", "data", "cache", ".cache", "__pycache__", ".pytest_cache"))
         if args.target in ("runs", "signals"):
             share_a_run(Path(temporary), place)
         if args.target == "signals":
-            listed = pytest(place, "--collect-only", "-m", "not slow", test).stdout
+            listed = pytest(place, "--collect-only", test).stdout
             rows = dict.fromkeys(re.findall(r"::(test_.*)$", listed, re.MULTILINE), "")
-            controls = set(CONTROLS["signals"])
         else:
-            rows = {f"test_case[{case}]": case.says
-                    for case in import_module(test.removeprefix("tests/").removesuffix(".py")).CASES}
-            controls = {f"test_case[{fault}]" for fault in CONTROLS[args.target]}
+            cases = import_module(f"test_faults_{args.target}").CASES
+            rows = {f"test_case[{case}]": case.says for case in cases}
+        controls = {row if row in rows else f"test_case[{row}]" for row in CONTROLS[args.target]}
         rows = {row: says for row, says in rows.items() if re.search(args.rows, row)}
         left, red = dict(rows), {}
         assert not red_rows(place, test, controls), "the controls fail in the unbroken code"

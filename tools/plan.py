@@ -1,8 +1,8 @@
 """Print the shell assignments of run_all_stages.sh: each stage's flags, checked against all stages first.
 
-    python tools/plan.py configs/tiny.json --seed 1     # every flag goes to the stages that know it
-"""
+    python tools/plan.py configs/tiny.json --seed 1     # every flag goes to the stages that know it"""
 
+import importlib
 import json
 import shlex
 import sys
@@ -11,14 +11,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import evaluate  # noqa: E402
-import train_stage1  # noqa: E402
-import train_stage2  # noqa: E402
-import train_stage3  # noqa: E402
 from clap2diffusion.base.exits import UserError, run_main  # noqa: E402
 from clap2diffusion.base.files import read_json  # noqa: E402
 from clap2diffusion.base.settings import nearest, parse_config, rank_growth  # noqa: E402
 
-STAGES = (train_stage1, train_stage2, train_stage3)
+STAGES = [importlib.import_module(f"train_stage{number}") for number in (1, 2, 3)]
 
 
 def with_values(flags: list[str], known: list[set[str]]) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""The machine a run computes on: its device, number types and memory."""
+"""The machine a run computes on: device, number types, memory, and how the frozen UNet is held on it."""
 
 import os
 import resource
@@ -7,19 +7,17 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
+from torch import nn
 
 from clap2diffusion.base import processes
 from clap2diffusion.base.exits import UserError
 
-# nf4: what is not held in 4 bits
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.bfloat16}  # nf4: what is not in 4 bits
 
 
 def pick_device(device: str, precision: str):
     """Return (torch.device, autocast): autocast() is a context in bfloat16, or a plain one for fp32.
-
-    Raises UserError: CUDA was asked for and is not there, or it has no BF16.
-    """
+    Raises UserError: CUDA was asked for and is not there, or it has no BF16."""
     quiet_libraries()
     cuda = torch.cuda.is_available()
     if device == "cuda" and not cuda:
@@ -32,10 +30,10 @@ def pick_device(device: str, precision: str):
                             "give torchrun --nproc-per-node that many processes")
         torch.cuda.set_device(found)
     processes.begin(found)
-    if found.type == "cuda" and precision == "bf16":
-        if not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise UserError(f"{torch.cuda.get_device_name()} has no BF16; use --precision fp32")
-    return found, lambda: torch.autocast(found.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+    bf16 = precision == "bf16"
+    if found.type == "cuda" and bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(f"{torch.cuda.get_device_name()} has no BF16; use --precision fp32")
+    return found, lambda: torch.autocast(found.type, dtype=torch.bfloat16, enabled=bf16)
 
 
 def peak_memory_mb(device: torch.device) -> dict[str, float]:
@@ -52,7 +50,41 @@ def peak_memory_mb(device: torch.device) -> dict[str, float]:
 
 def quiet_libraries() -> None:
     """Keep the libraries' notices off a user's first screen; their errors still show."""
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    diffusers.logging.set_verbosity_error()
-    diffusers.logging.disable_progress_bar()
+    for library in (transformers, diffusers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def hold_unet(unet: nn.Module, cfg) -> None:
+    """Hold and run the frozen UNet as --frozen-dtype nf4, --checkpointing, --channels-last and --compile ask.
+    After the audio K and V were copied from it and before LoRA comes on top (QLoRA, Dettmers et al. 2023)."""
+    if cfg.frozen_dtype == "nf4":
+        _to_nf4(unet)
+    if cfg.checkpointing != "none":
+        unet.enable_gradient_checkpointing()  # never the reentrant kind
+        for block in [unet.mid_block, *unet.up_blocks] if cfg.checkpointing == "down" else ():
+            for module in block.modules():
+                module.gradient_checkpointing = False
+    if cfg.channels_last:
+        unet.to(memory_format=torch.channels_last)
+    if cfg.compile:
+        unet.compile()
+
+
+def _to_nf4(unet: nn.Module) -> None:
+    """Replace the linear layers of the attention blocks by bitsandbytes' Linear4bit with the same weights."""
+    import bitsandbytes
+    linears = {name: module for name, module in unet.named_modules()
+               if isinstance(module, nn.Linear) and "attentions." in name}
+    for name, linear in linears.items():
+        # Linear4bit draws weights that nobody needs. LoRA's draw must be that of a run without NF4.
+        with torch.random.fork_rng(devices=[]):
+            held = bitsandbytes.nn.Linear4bit(
+                linear.in_features, linear.out_features, linear.bias is not None,
+                compute_dtype=torch.bfloat16, quant_type="nf4")
+        held.load_state_dict(linear.state_dict())
+        held.requires_grad_(False)
+        # On a CPU with AVX512-BF16 a pass in eval mode would pack the weight for a kernel without gradients.
+        held.support_avx512bf16_for_cpu = False
+        unet.set_submodule(name, held.to(linear.weight.device))  # which packs the weight
+    unet.is_loaded_in_4bit = True  # what peft asks before it puts LoRA on a Linear4bit

@@ -54,12 +54,18 @@ def _raise_stopped(signum: int, frame) -> None:
 
 
 @contextlib.contextmanager
-def stops_held():
-    """Hold signals back until this ends. For library code that must not be interrupted, such as a fork."""
+def stops_held(*more: int, heard=lambda came: None):
+    """Hold signals back until this ends. For library code that must not be interrupted, such as a fork.
+    Gives the list of what came. If no error ends this, the first of them is sent again at the end.
+    more: signals beside those of stop_signals(). heard(came): called at each one that comes."""
     came: list[int] = []
-    old = {s: signal.signal(s, lambda signum, frame: came.append(signum)) for s in stop_signals()}
+
+    def hold(signum: int, frame) -> None:
+        came.append(signum)
+        heard(came)
+    old = {s: signal.signal(s, hold) for s in [*stop_signals(), *more]}
     try:
-        yield
+        yield came
     finally:
         for signum, handler in old.items():
             signal.signal(signum, handler)
@@ -67,44 +73,29 @@ def stops_held():
         os.kill(os.getpid(), came[0])
 
 
-class StopSignal:
-    """Inside, the first SIGTERM, SIGINT or SIGHUP only sets `signum`; a later one ends the process at once.
+def stops_awaited(speaks: bool = True):
+    """As stops_held(), for a loop that looks at the list: a second SIGTERM, SIGINT or SIGHUP ends at once.
+    SIGPIPE (from _Output: nobody reads the output any more) counts as a first signal.
+    speaks: whether this process says that it has heard the signal; of several processes one does."""
+    times: list[float] = []
 
-    SIGPIPE (from _Output: nobody reads the output any more) counts as a first signal. If a signal comes after
-    the last look at `signum`, it is sent again at the end.
-    """
-
-    def __init__(self, speaks: bool = True):
-        """speaks: whether this process says that it has heard the signal; of several processes one does."""
-        self.signum, self._at, self._old, self._speaks = 0, 0.0, {}, speaks
-
-    def __enter__(self):
-        self._old = {s: signal.signal(s, self._handle) for s in [*stop_signals(), signal.SIGPIPE]}
-        return self
-
-    def _handle(self, signum: int, frame) -> None:
-        if not self.signum:
-            self.signum, self._at = signum, time.monotonic()
-            if self._speaks and signum != signal.SIGPIPE:
-                with contextlib.suppress(OSError):  # the terminal may be what went away
-                    os.write(2, f"\n{signal.Signals(signum).name}: saving after this step or validation; "
-                                "a second one ends at once\n".encode())
-        elif signum != signal.SIGPIPE and time.monotonic() - self._at > 1:  # one Ctrl-C may come twice
-            os._exit(128 + signum)
-
-    def __exit__(self, kind, *exc) -> None:
-        for signum, handler in self._old.items():
-            signal.signal(signum, handler)
-        if self.signum and kind is None:
-            os.kill(os.getpid(), self.signum)
+    def heard(came: list[int]) -> None:
+        times.append(time.monotonic())
+        if came[-1] == signal.SIGPIPE:
+            return
+        if len(came) == 1 and speaks:
+            with contextlib.suppress(OSError):  # the terminal may be what went away
+                os.write(2, f"\n{signal.Signals(came[0]).name}: saving after this step or validation; "
+                            "a second one ends at once\n".encode())
+        if times[-1] - times[0] > 1:  # one Ctrl-C may come twice
+            os._exit(128 + came[-1])
+    return stops_held(signal.SIGPIPE, heard=heard)
 
 
 class _Output:
-    """stdout or stderr that outlives its reader.
-
-    A closed terminal, or a Ctrl-C that takes `| tee log` along, must not keep a stage from saving. From then
-    on the output goes nowhere, and SIGPIPE, to which a stage listens, asks the stage to stop.
-    """
+    """stdout or stderr that outlives its reader: a closed terminal, or a Ctrl-C that takes `| tee log` along,
+    must not keep a stage from saving. From then on the output goes nowhere, and SIGPIPE, to which a stage
+    listens, asks the stage to stop."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -129,9 +120,8 @@ class _Output:
             return 0
 
     def to_nowhere(self) -> None:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, self.stream.fileno())
-        os.close(null)
+        with open(os.devnull, "wb") as null:
+            os.dup2(null.fileno(), self.stream.fileno())
 
 
 def _sentence_of(error: Exception) -> str | None:
@@ -157,24 +147,6 @@ def _sentence_of(error: Exception) -> str | None:
     return None
 
 
-def _ending(main) -> tuple[int, str]:
-    """Call main(): (exit code, last line of stderr)."""
-    try:
-        return main() or 0, ""
-    except Stopped as error:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        return 128 + error.signum, str(error)
-    except (UserError, RunFailed) as error:
-        return EXIT_USER if isinstance(error, UserError) else EXIT_FAILED, f"error: {error}"
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, OSError) and error.errno in UNREAD:  # as of `| head`
-            return 128 + signal.SIGPIPE, ""
-        message = _sentence_of(error)
-        if message is None:
-            raise
-        return EXIT_FAILED, message
-
-
 def run_main(main) -> None:
     """Call main() and turn its end into an exit code. An error's one sentence is the last line on stderr."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on some CPUs it misses an optional package
@@ -183,8 +155,21 @@ def run_main(main) -> None:
         signal.signal(signum, _raise_stopped)
     if os.environ.get("RANK", "0") != "0":  # of torchrun's processes one speaks; all may complain
         sys.stdout = _Output(open(os.devnull, "w"))
+    code, message = EXIT_FAILED, ""
     try:
-        code, message = _ending(main)
+        code = main() or 0
+    except Stopped as error:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        code, message = 128 + error.signum, str(error)
+    except (UserError, RunFailed) as error:
+        code, message = EXIT_USER if isinstance(error, UserError) else EXIT_FAILED, f"error: {error}"
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.errno in UNREAD:  # as of `| head`
+            code = 128 + signal.SIGPIPE
+        else:
+            message = _sentence_of(error)
+            if message is None:
+                raise
     finally:  # also of an error that nobody foresaw
         if "multiprocessing" in sys.modules:  # loader workers ignore SIGTERM: Python would wait for ever
             for child in sys.modules["multiprocessing"].active_children():

@@ -12,9 +12,7 @@ from clap2diffusion.base.exits import DISK_FULL, RunFailed, UserError
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Write through a temporary file in the same folder, fsync, rename, fsync the folder.
-
-    Raises RunFailed: no space is left, or the file cannot be written; the old file is as it was.
-    """
+    Raises RunFailed: no space is left, or the file cannot be written; the old file is as it was."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -49,14 +47,9 @@ def remove_stale(folder: Path, pattern: str = ".*.tmp") -> list[Path]:
 
 def lock(folder: Path, wait: str = "") -> TextIO:
     """Hold a folder until the returned file is closed or this process ends. The folder is made if need be.
-
     A POSIX lock: unlike flock's it does not pass to forked workers, so kill -9 frees it at once.
     wait: what to print before waiting for another process that holds it; '' refuses, naming that process.
-
-    Raises:
-        UserError: another process holds it, and `wait` is ''.
-        OSError: the folder cannot be made or written.
-    """
+    Raises UserError: it refuses. Raises OSError: the folder cannot be made or written."""
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / ".lock").open("a+")
     try:
@@ -89,9 +82,7 @@ def _refuse_constant(text: str):
 
 def read_json(path: str | Path) -> dict:
     """Read a JSON object strictly: duplicate keys, NaN and Infinity are errors.
-
-    Raises UserError: the file is missing, is not UTF-8 or is not one JSON object.
-    """
+    Raises UserError: the file is missing, is not UTF-8 or is not one JSON object."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_refuse_constant)

@@ -1,13 +1,12 @@
 """Models on disk or on the hub: where their folder is, whether it is whole, and a short name of its content.
-
-No heavy import: a wrong path is told before torch is loaded.
-"""
+No heavy import: a wrong path is told before torch is loaded."""
 
 import hashlib
 import json
 import pickletools
 import zipfile
-from dataclasses import dataclass
+from collections import namedtuple
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,19 +20,13 @@ BASE_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 def _download(name: str, what: str, parts: tuple[str, ...]) -> Path:
     """The local copy of a hub model; without one it is downloaded, after saying so. Raises UserError."""
     import huggingface_hub  # only a hub name needs it
-    wanted = [f"{part}/*" if part else "*" for part in parts] + ["model_index.json"]
     skipped = ["*.ckpt", "*.msgpack", "*.h5", "*.onnx", "*fp16*", "*non_ema*"]
-    if parts != ("",):
-        skipped.append("*.bin")
-    kinds = {"allow_patterns": wanted, "ignore_patterns": skipped}
+    kinds = {"allow_patterns": [f"{part}/*" if part else "*" for part in parts] + ["model_index.json"],
+             "ignore_patterns": skipped if parts == ("",) else [*skipped, "*.bin"]}
     folder = Path(name)
-    try:
+    with suppress(OSError, ValueError):  # huggingface_hub's "not in the cache" errors are these
         folder = Path(huggingface_hub.snapshot_download(name, local_files_only=True, **kinds))
-    except Exception as error:
-        # huggingface_hub's "not in the cache" errors are these
-        if not isinstance(error, (OSError, ValueError)):
-            raise
-    if all((folder / part / file).exists() for part in parts for file in _needed(part)):
+    if all((folder / _config(part)).exists() for part in parts):
         return folder
     try:
         huggingface_hub.HfApi().model_info(name, timeout=4)
@@ -46,42 +39,35 @@ def _download(name: str, what: str, parts: tuple[str, ...]) -> Path:
 
 def resolve_model(name: str, what: str, parts: tuple[str, ...] = ("",)) -> Path:
     """Return the folder of a model given as a folder or as a hub name. It says so before it downloads.
-
-    Raises UserError: the folder is missing or lacks a part, or the hub cannot be reached and has left no copy
-    here.
-    """
+    Raises UserError: the folder is missing or not whole, or the hub's copy is not here and cannot be had."""
     folder = Path(name)
     if not folder.exists() and name.count("/") == 1 and not name.startswith((".", "/", "~")):
         folder = _download(name, what, parts)
     for part in parts:
-        for needed in _needed(part):
-            if not (folder / part / needed).exists():
-                raise UserError(f"{what} {name!r}: {folder / part / needed} is missing; expected a folder as "
-                                "from_pretrained loads it, or a hub name OWNER/NAME")
-        if part not in ("tokenizer", "scheduler"):
-            _check_weights(folder / part, f"{what} {name!r}")
+        if not (folder / _config(part)).exists():
+            raise UserError(f"{what} {name!r}: {folder / _config(part)} is missing; expected a folder as "
+                            "from_pretrained loads it, or a hub name OWNER/NAME")
+        if part in ("tokenizer", "scheduler"):
+            continue
+        weights = _weights(folder / part)
+        if not weights:
+            raise UserError(f"{what} {name!r}: {folder / part} holds no weights (*.safetensors or *.bin); "
+                            "expected a folder as from_pretrained loads it")
+        for path in weights:
+            try:
+                if path.suffix == ".safetensors":
+                    with safe_open(path, "np"):  # reads the header alone and compares it with the file's size
+                        pass
+                else:
+                    _check_pickle(path)
+            except (SafetensorError, ValueError, KeyError, zipfile.BadZipFile) as error:
+                raise UserError(f"{what} {name!r}: {path} is not a whole file of weights ({error}); copy or "
+                                "download it again") from None
     return folder
 
 
-def _check_weights(folder: Path, model: str) -> None:
-    """Raises UserError if the folder holds no weights, or a file that is not whole."""
-    if not _weights(folder):
-        raise UserError(f"{model}: {folder} holds no weights (*.safetensors or *.bin); expected a folder as "
-                        "from_pretrained loads it")
-    for path in _weights(folder):
-        try:
-            if path.suffix == ".safetensors":
-                with safe_open(path, "np"):  # reads the header alone, and compares it with the file's size
-                    pass
-            else:
-                _check_pickle(path)
-        except (SafetensorError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise UserError(f"{model}: {path} is not a whole file of weights ({error}); copy or download it "
-                            "again") from None
-
-
-def _needed(part: str) -> tuple[str, ...]:
-    return (f"{part}_config.json",) if part in ("tokenizer", "scheduler") else ("config.json",)
+def _config(part: str) -> Path:
+    return Path(part, f"{part}_config.json" if part in ("tokenizer", "scheduler") else "config.json")
 
 
 def _weights(folder: Path) -> list[Path]:
@@ -103,11 +89,8 @@ def _check_pickle(path: Path) -> None:
 
 def fingerprint(model_dir: Path) -> str:
     """A 16-digit name of a model folder's content: configs whole, weights by header and 32 blocks of 4 KiB.
-
     Sampling makes 4 GB as quick as 4 MB; another training run changes every block.
-
-    Raises UserError: a config is not JSON.
-    """
+    Raises UserError: a config is not JSON."""
     digest = hashlib.sha256()
     texts = sorted(p for p in Path(model_dir).iterdir() if p.suffix in (".json", ".txt"))
     for path in [*texts, *_weights(model_dir)]:
@@ -129,22 +112,12 @@ def fingerprint(model_dir: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-@dataclass(frozen=True)
-class Models:
-    """The folders of a run's base model and CLAP.
-
-    `fingerprints` names the UNet that an adapter was trained in and the CLAP whose embeddings it reads.
-    """
-    base: Path
-    clap: Path
-    fingerprints: dict[str, str]
+# two folders, and what names the UNet that an adapter was trained in and the CLAP whose embeddings it reads
+Models = namedtuple("Models", "base clap fingerprints")
 
 
 def find_models(cfg) -> Models:
-    """The models of a stage's settings, before torch is loaded.
-
-    Raises UserError: a model is missing or broken.
-    """
+    """The models of a stage's settings, before torch is loaded. Raises UserError: one is missing, broken."""
     base = resolve_model(cfg.base_model, "base model", BASE_PARTS)
     clap = resolve_model(cfg.clap_model, "CLAP model")
     return Models(base, clap, {"unet": fingerprint(base / "unet"), "clap": fingerprint(clap)})

@@ -1,11 +1,9 @@
 """One run in several processes: torchrun starts them, torch's DistributedDataParallel averages the gradients.
 
-    torchrun --standalone --nproc-per-node 2 train_stage1.py --batch-size 4   # the losses of one process with
-    8
+    torchrun --standalone --nproc-per-node 2 train_stage1.py --batch-size 4   # the losses of one with 8
 
 Every process takes its share of a batch; rank 0 alone writes. Without torchrun there is one process, and
-everything here does nothing.
-"""
+everything here does nothing."""
 
 import contextlib
 import datetime
@@ -23,8 +21,7 @@ def begin(device: torch.device) -> None:
     """Join the processes that torchrun has started, if it has."""
     global _control
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        # torchrun's store outlives a restart. With keys of their own, new processes do not wait for dead
-        # ones.
+        # torchrun's store outlives a restart. With keys of their own, new processes wait for no dead ones.
         store, me, everyone = next(dist.rendezvous("env://", timeout=TIMEOUT))
         store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -69,34 +66,22 @@ def mean(value: Tensor) -> Tensor:
     return value
 
 
-def of_first(result: dict[str, list[float]] | None, keys: tuple[str, ...], width: int = 3) -> dict:
-    """Rank 0's {key: [width numbers]} in every process; the others give None."""
-    if world() == 1:
-        return result
-    rows = [result[key] for key in keys] if first() else [[0.0] * width] * len(keys)
-    values = torch.tensor(rows, dtype=torch.float64)
-    dist.broadcast(values, 0, group=_control)
-    return dict(zip(keys, values.tolist(), strict=True))
-
-
-class _Function(nn.Module):
-    """A function of tensors together with the modules it uses: what DistributedDataParallel can wrap."""
-
-    def __init__(self, function, parts: dict[str, nn.Module]):
-        super().__init__()
-        self.function, self.parts = function, nn.ModuleDict(parts)
-
-    def forward(self, *args):
-        return self.function(*args)
+def of_first(result: dict | None) -> dict:
+    """Rank 0's result in every process; the others give None."""
+    shared = [result]
+    if world() > 1:
+        dist.broadcast_object_list(shared, 0, group=_control)
+    return shared[0]
 
 
 def wrap(function, **parts: nn.Module):
     """`function`, whose trainable weights are in `parts`, with gradients averaged over the processes."""
     if world() == 1:
         return function
+    module = nn.ModuleDict(parts)
+    module.forward = function  # DistributedDataParallel wraps a module, not a function
     # every process loads the same weights, so there is nothing to send at the start
-    return nn.parallel.DistributedDataParallel(_Function(function, parts), forward_sync_buffers=False,
-                                               init_sync=False)
+    return nn.parallel.DistributedDataParallel(module, forward_sync_buffers=False, init_sync=False)
 
 
 def sync_at(model, last: bool):

@@ -1,13 +1,12 @@
 """Flags over JSON, without heavy imports: `--help` and wrong settings answer before torch loads.
 
 A stage's parser is the only place where a key, its type, bounds, default and help live. A value comes from
-the parser's default, then the JSON file given by --config, then the command line; the last one wins. The JSON
-file has a section `common` that every stage reads and one section for each stage:
+the parser's default, then the JSON file given by --config, then the command line; the last one wins. Of the
+JSON file every stage reads the section `common` and its own:
 
     {"common": {"batch_size": 16, "precision": "fp32"}, "stage1": {"steps": 600}, "data": ["world"]}
 
-`data` and `evaluate` are the arguments that run_all_stages.sh gives to prepare_data.py and evaluate.py.
-"""
+`data` and `evaluate` are the arguments that run_all_stages.sh gives to prepare_data.py and evaluate.py."""
 
 import argparse
 import difflib
@@ -49,23 +48,18 @@ class Number:
         """Check a value that JSON has parsed already; a bool is no number and 8.0 is no whole number."""
         if type(value) is not self.kind and not (self.kind is float and type(value) is int):
             raise argparse.ArgumentTypeError(f"got {json.dumps(value)}, expected a {self.__name__}")
-        try:
-            inside = self.low <= value <= self.high and math.isfinite(value)
-        except OverflowError:  # a whole number of hundreds of digits
-            inside = False
+        # neither nan nor infinite, and no whole number of hundreds of digits
+        inside = self.low <= value <= self.high and abs(value) <= sys.float_info.max
         if not inside:
-            raise argparse.ArgumentTypeError(f"got {value}, expected {self.range()}")
+            bounds = (f"of at least {self.low:g}" if self.high == math.inf else
+                      f"from {self.low:g} to {self.high:g}")
+            raise argparse.ArgumentTypeError(f"got {value}, expected a {self.__name__} {bounds}")
         if self.multiple_of and value % self.multiple_of:
             raise argparse.ArgumentTypeError(f"got {value}, expected a multiple of {self.multiple_of}")
         return self.kind(value)
 
-    def range(self) -> str:
-        if self.high == math.inf:
-            return f"a {self.__name__} of at least {self.low:g}"
-        return f"a {self.__name__} from {self.low:g} to {self.high:g}"
 
-
-SEED, SHARE = Number(int, 0, 2 ** 31 - 1), Number(float, 0, 1)
+SEED, SHARE, COUNT = Number(int, 0, 2 ** 31 - 1), Number(float, 0, 1), Number(int, 0)
 SWITCH = {"action": argparse.BooleanOptionalAction}  # add("--flip", **SWITCH, ...) makes --flip and --no-flip
 
 
@@ -79,9 +73,7 @@ class _Parser(argparse.ArgumentParser):
 
 def new_parser(doc: str, **refused: str) -> argparse.ArgumentParser:
     """A parser without abbreviations that shows the script's docstring and raises UserError on a bad flag.
-
-    refused: for flags that this script does not have but others have or had, the reason why.
-    """
+    refused: for flags that this script does not have but others have or had, the reason why."""
     parser = _Parser(description=doc, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.refused = {key.replace("_", "-"): reason for key, reason in refused.items()}
@@ -93,27 +85,19 @@ def nearest(key: str, known) -> str:
     return f"did you mean {match[0]!r}?" if match else f"known: {', '.join(sorted(known))}"
 
 
-def _check_value(action: argparse.Action, value, where: str):
-    """One JSON value against the flag's action: type, bounds, choices."""
-    if isinstance(action, argparse.BooleanOptionalAction):
-        if not isinstance(value, bool):
-            raise UserError(f"{where}: got {json.dumps(value)}, expected true or false")
-        return value
-    if action.nargs in ("+", "*"):
-        if not isinstance(value, list):
-            raise UserError(f"{where}: got {json.dumps(value)}, expected a list")
-        return [_check_item(action, item, where) for item in value]
-    return _check_item(action, value, where)
-
-
-def _check_item(action: argparse.Action, value, where: str):
-    if isinstance(action.type, Number):
+def _check_value(action: argparse.Action, value, where: str, many: bool):
+    """One JSON value against the flag's action: type, bounds, choices. many: it is a list of such values."""
+    switch = isinstance(action, argparse.BooleanOptionalAction)
+    kind, expected = (list, "a list") if many else (bool, "true or false") if switch else (str, "text")
+    if isinstance(action.type, Number) and not many:
         try:
             value = action.type.check(value)
         except argparse.ArgumentTypeError as error:
             raise UserError(f"{where}: {error}") from None
-    elif not isinstance(value, str):
-        raise UserError(f"{where}: got {json.dumps(value)}, expected text")
+    elif not isinstance(value, kind):
+        raise UserError(f"{where}: got {json.dumps(value)}, expected {expected}")
+    if many:
+        return [_check_value(action, item, where, many=False) for item in value]
     if action.choices and value not in action.choices:
         raise UserError(f"{where}: got {value!r}, expected one of {', '.join(map(str, action.choices))}")
     return value
@@ -135,7 +119,7 @@ def _merge_json(args: argparse.Namespace, parser: _Parser, actions: dict, sectio
             if key not in actions:
                 why = parser.refused.get(key.replace("_", "-"))
                 raise UserError(f"{where}: unknown key; {why or nearest(key, actions)}")
-            value = _check_value(actions[key], value, where)
+            value = _check_value(actions[key], value, where, many=actions[key].nargs in ("+", "*"))
             if args.origin.get(key) != "flag":
                 setattr(args, key, value)
                 args.origin[key] = f"{args.config} [{name}]"
@@ -143,14 +127,11 @@ def _merge_json(args: argparse.Namespace, parser: _Parser, actions: dict, sectio
 
 def parse_config(parser: argparse.ArgumentParser, section: str, argv: list[str] | None) -> argparse.Namespace:
     """Merge default < JSON < flag. `origin` of the result says where each value came from that is no default.
-
     Raises UserError: an unknown key (with the nearest match), a wrong type, a value out of range, a bad flag,
-    or a UNet in fewer bits that is to run without autocast.
-    """
+    or a UNet in fewer bits that is to run without autocast."""
     argv = sys.argv[1:] if argv is None else argv
     actions = {a.dest: a for a in parser._actions if a.option_strings and a.dest not in ("help", "config")}
-    flags = {option for a in parser._actions for option in a.option_strings}
-    given = {token.split("=")[0] for token in argv if token.split("=")[0] in flags}
+    given = {token.split("=")[0] for token in argv}
     args = parser.parse_args(argv)
     args.origin = {dest: "flag" for dest, a in actions.items() if given & set(a.option_strings)}
     if args.config:
@@ -162,9 +143,11 @@ def parse_config(parser: argparse.ArgumentParser, section: str, argv: list[str] 
 
 
 def read_settings(parser: argparse.ArgumentParser, stage: str, argv: list[str] | None) -> argparse.Namespace:
-    """A stage's settings by parse_config, printed; --dry-run ends the program here."""
+    """A stage's settings by parse_config, printed one a line with where each that is no default came from;
+    --dry-run ends the program here."""
     cfg = parse_config(parser, stage, argv)
-    print(f"{cfg.name}: settings\n{describe(cfg)}", flush=True)
+    print(f"{cfg.name}: settings", *(f"  {key:<24} {value!s:<40} {cfg.origin.get(key, '')}".rstrip()
+                                     for key, value in settings(cfg).items()), sep="\n", flush=True)
     if cfg.dry_run:
         raise SystemExit(0)
     return cfg
@@ -193,16 +176,13 @@ def adapter_flags(parser: argparse.ArgumentParser) -> None:
     # stopping
     add("--best-metric", choices=("val_right", "silence_minus_right", "other_minus_right"),
         default="val_right", help="what decides best and early stopping")
-    add("--patience", type=Number(int, 0), default=0,
-        help="validations without improvement to stop after (0 = never)")
+    add("--patience", type=COUNT, default=0, help="validations without improvement to stop after (0 = never)")
     add("--min-delta", type=Number(float, 0), default=0.0, help="smallest change that counts as improvement")
 
 
 def rank_growth(cfg: argparse.Namespace) -> dict[int, int]:
     """LoRA's active rank from a step on, {step: rank}, of --rank-growth and --lora-rank.
-
-    Raises UserError: steps or ranks do not rise, the first step is not 0 or the last rank is not --lora-rank.
-    """
+    Raises UserError: steps or ranks do not rise, or the first step is not 0, or the last rank is another."""
     steps, ranks, rank = cfg.rank_growth[::2], cfg.rank_growth[1::2], cfg.lora_rank
     rise = all(a < b for row in (steps, ranks) for a, b in zip(row, row[1:]))
     fits = len(steps) == len(ranks) and steps[:1] == [0] and ranks[0] > 0 and ranks[-1] == rank
@@ -234,8 +214,7 @@ def common_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     add("--windows", type=Number(int, 1, 64), default=1,
         help="CLAP windows taken from each clip; a step picks one")
     add("--flip", **SWITCH, default=False, help="mirror half of the pictures")
-    add("--max-bad-share", type=Number(float, 0, 1), default=0.01,
-        help="share of unusable rows above which to stop")
+    add("--max-bad-share", type=SHARE, default=0.01, help="share of unusable rows above which to stop")
     add("--batch-size", type=Number(int, 1), default=2, help="samples in one forward pass")
     add("--accumulation", type=Number(int, 1), default=1, help="forward passes in one optimizer step")
     add("--workers", type=Number(int, -1, 64), default=-1,
@@ -254,19 +233,17 @@ def common_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     add("--channels-last", **SWITCH, default=False, help="memory format of convolutions")
     add("--compile", **SWITCH, default=False, help="torch.compile the UNet (first step: minutes)")
     # validation
-    add("--validate-every", type=Number(int, 0), default=500,
-        help="steps between validations (0 = only at both ends)")
+    add("--validate-every", type=COUNT, default=500, help="steps between validations (0 = only at both ends)")
     add("--val-draws", type=Number(int, 1, 100), default=4,
         help="fixed noise and timestep draws for each clip")
-    add("--val-clips", type=Number(int, 0), default=0, help="validation clips used (0 = all)")
+    add("--val-clips", type=COUNT, default=0, help="validation clips used (0 = all)")
     add("--val-batch-size", type=Number(int, 1), default=32,
         help="samples in one forward pass without gradient: validation, and encoding features (at most 16)")
     # checkpoints, logs, pictures
     add("--save-every", type=Number(int, 1), default=500, help="steps between checkpoints")
     add("--keep", type=Number(int, 2, 1000), default=5, help="newest checkpoints kept, beside best")
     add("--log-every", type=Number(int, 1), default=10, help="steps between log lines")
-    add("--sample-every", type=Number(int, 0), default=0,
-        help="steps between sample pictures (0 = only at the end)")
+    add("--sample-every", type=COUNT, default=0, help="steps between sample pictures (0 = only at the end)")
     add("--samples", type=Number(int, 0, 64), default=8,
         help="validation clips in the sample pictures (0 = none)")
     add("--allow-changed", **SWITCH, default=False,
@@ -281,12 +258,6 @@ def settings(args: argparse.Namespace) -> dict:
     return found | {"batch_size": args.batch_size * int(os.environ.get("WORLD_SIZE", 1))}
 
 
-def describe(args: argparse.Namespace) -> str:
-    """The resolved settings, one a line, with where each that is not a default came from."""
-    return "\n".join(f"  {key:<24} {value!s:<40} {args.origin.get(key, '')}".rstrip()
-                     for key, value in settings(args).items())
-
-
 def changed_settings(saved: dict, now: dict) -> list[str]:
     """The settings that are in both and differ, as `key old -> new`, except those that may change freely."""
     return [f"{key} {saved[key]!r} -> {now[key]!r}" for key in sorted(saved.keys() & now.keys())
@@ -295,9 +266,7 @@ def changed_settings(saved: dict, now: dict) -> list[str]:
 
 def check_same_settings(path: Path, saved: dict, now: dict, allow_changed: bool) -> None:
     """A run goes on with the settings it began with; only logs and places may change.
-
-    Raises UserError: a setting differs (both values shown).
-    """
+    Raises UserError: a setting differs (both values shown)."""
     changed = changed_settings(saved, now)
     fixed = [one for one in changed if one.split(" ")[0] in FIXED_SETTINGS]
     if fixed:

@@ -1,8 +1,7 @@
 """Bootstrap intervals over clips, and how they are written. Everything is float64 NumPy.
 
 Intervals are [value, low, high] of a 95 % percentile bootstrap, 2000 resamples with a fixed seed. Two runs
-over the same clips are therefore resampled alike, and their differences are paired.
-"""
+over the same clips are therefore resampled alike, and their differences are paired."""
 
 import math
 from collections.abc import Callable
@@ -17,11 +16,10 @@ def resamples(n: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
 
 
-def bootstrap(values: np.ndarray, statistic: Callable[[np.ndarray], float] | None = None,
-              seed: int = 0) -> tuple[float, np.ndarray]:
+def bootstrap(values: np.ndarray, statistic: Callable | None = None) -> tuple[float, np.ndarray]:
     """The mean over clips, or a `statistic` of the clips' values (n, ...), and its 2000 resampled values."""
     values = np.asarray(values)
-    picks = resamples(len(values), seed)
+    picks = resamples(len(values))
     if statistic is None:
         return float(values.mean()), values[picks].mean(1)
     return float(statistic(values)), np.array([statistic(values[pick]) for pick in picks])
@@ -29,12 +27,11 @@ def bootstrap(values: np.ndarray, statistic: Callable[[np.ndarray], float] | Non
 
 def summary(value: float, draws: np.ndarray) -> list[float]:
     """[value, low, high] of a bootstrap."""
-    return [value, *(float(v) for v in np.percentile(draws, [2.5, 97.5]))]
+    return [value, *np.percentile(draws, [2.5, 97.5]).tolist()]
 
 
-def interval(values: np.ndarray, statistic: Callable[[np.ndarray], float] | None = None,
-             seed: int = 0) -> list[float]:
-    return summary(*bootstrap(values, statistic, seed))
+def interval(values: np.ndarray) -> list[float]:
+    return summary(*bootstrap(values))
 
 
 def show_interval(values: list[float] | None, digits: int = 3) -> str:

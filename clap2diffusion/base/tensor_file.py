@@ -1,7 +1,5 @@
 """Tensors with a JSON header and a SHA-256 in one safetensors file, as checkpoints are. Nothing is pickled.
-
-An exported adapter carries the same digest.
-"""
+An exported adapter carries the same digest."""
 
 import hashlib
 import json
@@ -61,17 +59,14 @@ def unflatten(tree, tensors: dict):
 
 def write_tensors(path: Path, header: dict, states: dict) -> None:
     """Write {name: state} and a header into one file. States nest dictionaries and lists of tensors and JSON.
-
-    Raises RunFailed: a tensor is not finite (nothing is written), or the disk is full.
-    """
+    Raises RunFailed: a tensor is not finite (nothing is written), or the disk is full."""
     from safetensors.torch import save
     tensors: dict = {}
     objects = {name: flatten(state, name, tensors) for name, state in states.items()}
     header = {"format": FORMAT, **header, "objects": objects}
-    places = set()
-    # safetensors refuses shared memory, which the tables of 8-bit Adam are
+    places: set[int] = set()
     for name, tensor in tensors.items():
-        if tensor.data_ptr() in places:
+        if tensor.data_ptr() in places:  # safetensors refuses shared memory, as the tables of 8-bit Adam are
             tensors[name] = tensor.clone()
         places.add(tensor.data_ptr())
         if tensor.is_floating_point() and not tensor.isfinite().all():
@@ -84,11 +79,8 @@ def write_tensors(path: Path, header: dict, states: dict) -> None:
 
 def read_tensors(path: Path) -> tuple[dict, dict]:
     """Return (header, tensors) of a file whose SHA-256 is right; the header still holds `sha256`.
-
-    Raises:
-        Broken: missing, truncated, foreign or altered.
-        UserError: of an unknown format version, or the file system does not let us read it.
-    """
+    Raises Broken: it is missing, truncated, foreign or altered.
+    Raises UserError: its format version is unknown, or the file system does not let us read it."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -118,9 +110,7 @@ def read_tensors(path: Path) -> tuple[dict, dict]:
 
 def state_of(name: str, path: Path, header: dict, tensors: dict) -> dict:
     """The state that write_tensors() was given under a name, out of what read_tensors(path) gave.
-
-    Raises UserError: there is none, or header and tensors do not fit together.
-    """
+    Raises UserError: there is none, or header and tensors do not fit together."""
     if name not in header["objects"]:
         raise UserError(f"{path}: holds {', '.join(header['objects'])}, expected {name!r} as well")
     try:

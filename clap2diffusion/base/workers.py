@@ -13,15 +13,11 @@ from tqdm import tqdm
 from clap2diffusion.base.exits import RunFailed
 
 
-def ignore_signals() -> None:
-    """Leave signals to the parent: Ctrl-C and a closed terminal reach the whole process group."""
+def start_worker(parent: int, number: int = 0) -> None:
+    """Begin a worker; torch numbers them. It leaves when its parent is gone: after kill -9 no job would come.
+    Signals are left to the parent, since Ctrl-C and a closed terminal reach the whole process group."""
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
-
-
-def start_worker(parent: int) -> None:
-    """Begin a worker. It leaves when its parent is gone; after kill -9 it would wait for a job for ever."""
-    ignore_signals()
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -32,9 +28,7 @@ def start_worker(parent: int) -> None:
 
 def in_processes(function, jobs: list, workers: int, what: str, unit: str) -> list:
     """[function(job) for job in jobs] by several processes, with a bar. A signal drops jobs not yet begun.
-
-    Raises RunFailed: one of the processes was killed.
-    """
+    Raises RunFailed: one of the processes was killed."""
     pool = ProcessPoolExecutor(workers, initializer=start_worker, initargs=(os.getpid(),))
     try:
         return list(tqdm(pool.map(function, jobs, chunksize=8), total=len(jobs), desc=what, unit=unit))

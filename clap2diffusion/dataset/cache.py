@@ -1,8 +1,7 @@
 """The feature cache: the frozen encoders run once, and the stages train from what they gave.
 
-A cache folder holds shards (safetensors) of VAE latents and CLAP embeddings, others of text embeddings and,
-last of all, index.json. Its name is a key of the models, the settings, the manifest and the files.
-"""
+A folder holds shards (safetensors) of VAE latents and CLAP embeddings, others of text embeddings and, last of
+all, index.json. Its name is a key of the models, the settings, the manifest and the files."""
 
 import contextlib
 import functools
@@ -14,12 +13,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from clap2diffusion.base import files, hub, processes
-from clap2diffusion.base.exits import RunFailed, UserError
-from clap2diffusion.dataset.decoding import BadFile, open_audio, open_image
-from clap2diffusion.dataset.loading import Decode, Loader
+from clap2diffusion.base.exits import RunFailed, UserError, stops_held
+from clap2diffusion.base.workers import start_worker
+from clap2diffusion.dataset.decoding import BadFile, decode_audio, load_image, open_audio, open_image
 from clap2diffusion.dataset.manifest import Log, Row, read_manifest
 
 CACHE_FORMAT = 3
@@ -86,6 +86,47 @@ def refuse_bad_rows(bad: list[str], total: int, limit: float, folder: Path, log:
     log(f"{summary}; they are left out")
 
 
+class Loader(DataLoader):
+    """torch's loader. Its processes leave signals to their parent; its failures are one sentence of ours."""
+
+    def __init__(self, dataset: Dataset, batches, workers: int, **options):
+        super().__init__(dataset, batch_sampler=batches, num_workers=workers,
+                         worker_init_fn=functools.partial(start_worker, os.getpid()), **options)
+
+    def __iter__(self):
+        with stops_held():  # half an iterator complains when it is thrown away
+            batches = super().__iter__()
+        try:
+            yield from batches
+        except RuntimeError as error:
+            if "DataLoader worker (pid" not in str(error):
+                raise
+            reason = str(error).splitlines()[0]
+            raise RunFailed(f"a data loading process was killed ({reason}); it ran out of memory or of "
+                            "shared memory: use Docker's --shm-size=8g or --workers 0") from None
+        except RunFailed as error:  # torch puts the process's traceback and the class before the sentence
+            raise RunFailed(str(error).strip().splitlines()[-1].rpartition("RunFailed: ")[2]) from None
+
+
+class Decode(Dataset):
+    """Row -> (image (3, H, W), k waveforms, flags), or the reason why it cannot be used. log_mel: an
+    encoder's; its output then stands in the place of each waveform. None leaves the waveforms."""
+
+    def __init__(self, rows: list[Row], image_size: int, rate: int, window_s: float, windows=1, log_mel=None):
+        self.rows, self.image_size, self.log_mel = rows, image_size, log_mel
+        self.audio = rate, window_s, windows
+
+    def __getitem__(self, i: int):
+        kind, path = "image", self.rows[i].image_path
+        try:
+            image = load_image(path, self.image_size)
+            kind, path = "audio", self.rows[i].audio_path
+            waveforms, flags = decode_audio(path, *self.audio)
+        except BadFile as error:
+            return f"{kind} {path.name}: {error}"
+        return image, [*map(self.log_mel, waveforms)] if self.log_mel else waveforms, flags
+
+
 def check_headers(rows: list[Row]) -> dict[int, str]:
     """The rows whose files' headers show that they cannot be used: position -> reason."""
     bad = {}
@@ -104,7 +145,7 @@ def check_headers(rows: list[Row]) -> dict[int, str]:
 def check_decoding(rows: list[Row], known: dict[int, str], workers: int) -> dict[int, str]:
     """The rows not in `known` that cannot be decoded: position -> reason. It needs no encoder."""
     order = [i for i in range(len(rows)) if i not in known]
-    loader = Loader(Decode(rows, 64, 48000, 10.0, 1), [[i] for i in order], workers, collate_fn=list)
+    loader = Loader(Decode(rows, 64, 48000, 10.0), [[i] for i in order], workers, collate_fn=list)
     results = tqdm(loader, desc="decoding files", unit="row", leave=False)
     return {i: result for i, [result] in zip(order, results) if isinstance(result, str)}
 
@@ -112,12 +153,9 @@ def check_decoding(rows: list[Row], known: dict[int, str], workers: int) -> dict
 def build_features(data_root: str | Path, base_model: Path, clap_model: Path, image_size: int,
                    cache_dir: str | Path, windows: int = 1, flip: bool = False, batch_size: int = 16,
                    workers: int = 2, device="cpu", max_bad_share: float = 0.01, log: Log = print) -> Path:
-    """Make sure that the features of a data folder are cached; return the finished cache folder.
-
-    A finished cache is used again; no encoder is loaded. A half-built one goes on at the first missing shard.
+    """The cache folder of a data folder's features. A half-built one goes on at the first missing shard.
     Raises UserError: no usable manifest, too many unusable rows, a cache folder that cannot be written.
-    Raises RunFailed: the disk is full, an encoder gives NaN, a loading process was killed.
-    """
+    Raises RunFailed: the disk is full, an encoder gives NaN, a loading process was killed."""
     rows, bad = read_manifest(data_root, log)
     fingerprints = model_fingerprints(base_model, clap_model)
     settings = {"image_size": image_size, "windows": windows, "flip": flip}
@@ -162,9 +200,9 @@ class Build:
         self.folder, self.key, self.log = folder, key, log
         self.rows, self.header_bad = rows, header_bad
         self.captions = sorted({"", *(row.text for row in rows)})  # the empty one comes first
-        self.texts, self.spans = ({f"{kind}-{n:05d}": range(i, min(i + SHARD_ROWS, total))
-                                   for n, i in enumerate(range(0, total, SHARD_ROWS))}
-                                  for kind, total in (("text", len(self.captions)), ("rows", len(rows))))
+        self.texts, self.spans = (
+            {f"{kind}-{i // SHARD_ROWS:05d}": all_[i:i + SHARD_ROWS] for i in range(0, len(all_), SHARD_ROWS)}
+            for kind, all_ in (("text", self.captions), ("rows", range(len(rows)))))
 
     def fill(self, base: Path, clap: Path, settings: dict, batch_size: int, workers: int, device: str):
         """Encode what is missing; of several processes each takes its share of the shards."""
@@ -175,10 +213,9 @@ class Build:
         from clap2diffusion.dataset.encoders import Encoders  # it takes seconds, so not before now
         encoders = Encoders(base, clap, device)
         with torch.inference_mode():
-            for name, span in texts.items():
-                batches = (span[i:i + batch_size] for i in range(0, len(span), batch_size))
-                parts = [encoders.text([self.captions[i] for i in batch]) for batch in batches]
-                self._save(name, {"text_embeds": torch.cat(parts)}, {})
+            for name, captions in texts.items():
+                batches = (captions[i:i + batch_size] for i in range(0, len(captions), batch_size))
+                self._save(name, [{"text_embeds": encoders.text(batch)} for batch in batches], {})
             self._encode_rows(spans, encoders, settings, batch_size, workers)
 
     def index(self, bad_lines=(), **known) -> dict:
@@ -190,8 +227,8 @@ class Build:
             bad |= dict(record["bad"])
             for offset, (i, flags) in enumerate(record["rows"]):
                 row = self.rows[i]
-                facts = {"id": row.id, "label": row.label, "split": row.split, "text_id": text_ids[row.text]}
-                entries.append(facts | {"shard": shard, "offset": offset, "flags": flags})
+                entries.append({"id": row.id, "label": row.label, "split": row.split, "text_id":
+                                text_ids[row.text], "shard": shard, "offset": offset, "flags": flags})
         sizes = {path.name: path.stat().st_size for path in sorted(self.folder.glob("*.safetensors"))}
         return {"format": CACHE_FORMAT, "key": self.key, "rows": entries, "files": sizes,
                 "bad": [*bad_lines, *(f"{self.rows[i].where}: {bad[i]}" for i in sorted(bad))], **known}
@@ -209,7 +246,8 @@ class Build:
             self.log(f"{path} is damaged: building it again")
         return None
 
-    def _save(self, name: str, tensors: dict[str, torch.Tensor], record: dict) -> None:
+    def _save(self, name: str, parts: list[dict[str, torch.Tensor]], record: dict) -> None:
+        tensors = {key: torch.cat([part[key] for part in parts]) for key in (parts or [{}])[0]}
         if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
             raise RunFailed(f"{self.folder / name}: an encoder gives NaN or infinity; check the model's "
                             "files")
@@ -234,16 +272,14 @@ class Build:
         bar = tqdm(total=total, initial=total - rest, desc="features", unit="row",
                    disable=not processes.first())
         with contextlib.closing(iter(loader)) as decoded, bar:
-            for name, part in batches.items():
-                tensors, good, bad = [], [], []
-                for batch in part:
+            for name in missing:
+                parts, good, bad = [], [], []
+                for batch in batches[name]:
                     results = dict(zip(batch, next(decoded)))
                     bad += [(i, results.pop(i)) for i in batch if isinstance(results[i], str)]
                     good += [(i, flags) for i, (_, _, flags) in results.items()]
                     if results:
-                        tensors.append(encoders.rows(list(results.values()), settings["flip"], size))
+                        parts.append(encoders.rows(list(results.values()), settings["flip"], size))
                     bar.update(len(batch))
-                keys = tensors[0] if tensors else ()
-                joined = {key: torch.cat([tensor[key] for tensor in tensors]) for key in keys}
-                self._save(name, joined, {"rows": good, "bad": bad})
+                self._save(name, parts, {"rows": good, "bad": bad})
         torch.set_num_threads(threads)

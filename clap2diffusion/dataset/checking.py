@@ -72,15 +72,13 @@ def same_content(paths: list[Path]) -> dict[Path, Path]:
 
 def names_label(text: str, label: str) -> bool:
     """Whether a caption says its label (of `dog_barking+rain` one of the two) in so many words."""
-    def words(what: str) -> str:
-        return re.sub(r"[\W_]+", " ", f" {what.casefold()} ")
-    return any(words(part).strip() and words(part) in words(text) for part in label.split("+"))
+    text, *parts = (re.sub(r"[\W_]+", " ", f" {what.casefold()} ") for what in (text, *label.split("+")))
+    return any(part.strip() and part in text for part in parts)
 
 
 def _look_at_rows(rows: list[Row], workers: int) -> Iterator[tuple[Row, str, list[Finding]]]:
     """Yield each row with why it cannot be used or "", and with what is suspicious about it."""
-    files = [(kind, getattr(row, name)) for kind, name in PATHS.items() for row in rows]
-    files = list(dict.fromkeys(files))
+    files = list(dict.fromkeys((kind, getattr(row, name)) for kind, name in PATHS.items() for row in rows))
     seen = dict(zip(files, in_processes(look_at, files, workers, "checking", "file")))
     again = {kind: same_content([path for one, path in files if one == kind]) for kind in PATHS}
     first_row: dict[Path, Row] = {}  # the first row that holds a content
@@ -108,10 +106,8 @@ def _look_at_rows(rows: list[Row], workers: int) -> Iterator[tuple[Row, str, lis
 
 
 def check_data(args: argparse.Namespace) -> None:
-    """List a data folder's unusable and suspicious rows by kind.
-
-    Raises UserError without a manifest, or with more unusable or suspicious rows than the limits.
-    """
+    """List a data folder's unusable and suspicious rows by kind. Raises UserError without a manifest, or with
+    more unusable or suspicious rows than the limits."""
     rows, bad = read_manifest(args.data_root, print)
     kinds, suspicious, total = {"unusable": bad}, 0, len(rows) + len(bad)
     for row, reason, found in _look_at_rows(rows, args.workers):

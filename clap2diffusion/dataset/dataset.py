@@ -1,4 +1,4 @@
-"""What a stage trains from: the cached features of a split, one row at a time. No encoder is needed for it.
+"""What a stage trains from: the cached features of a split and their order. No encoder is needed for it.
 
 Shapes: F sides of a picture, C h w latents, k windows of a clip, E width of CLAP's output, L D text tokens.
 """
@@ -7,11 +7,14 @@ import functools
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from clap2diffusion.base import processes
 from clap2diffusion.base.exits import RunFailed, UserError
 from clap2diffusion.dataset import cache
 
@@ -26,13 +29,9 @@ def _layout(path: str) -> dict[str, tuple[int, list[int]]]:
 
 
 class AudioImageDataset(Dataset):
-    """The cached features of one split.
-
+    """The cached features of one split. Raises UserError: no finished cache, no usable rows in the split.
     An item: latents_mean and latents_std (F, C, h, w), scaled already, with F = 2 (plain, mirrored) if flips
-    were cached, else 1; audio_embeds (k, E); text_embeds (L, D), all float32; index, the item's number.
-
-    Raises UserError if the folder is not a finished cache or the split has no usable rows.
-    """
+    were cached, else 1; audio_embeds (k, E); text_embeds (L, D), all float32; index, the item's number."""
 
     def __init__(self, data_root: str | Path, split: str, folder: str | Path):
         self.data_root, self.split, self.cache = Path(data_root), split, Path(folder)
@@ -47,19 +46,15 @@ class AudioImageDataset(Dataset):
         if not self.rows:
             raise UserError(f"{data_root}: no usable row in split {split!r}; add rows with that split to the "
                             "manifest")
-        self.labels = sorted({row["label"] for row in self.rows if row["label"] is not None})
         self._layout = functools.cache(_layout)
         first = self[0]
         self.latent_shape = tuple(first["latents_mean"].shape[1:])  # (C, h, w)
         self.embed_dim = first["audio_embeds"].shape[-1]
         self.empty_text_embeds = self._read("text", 0, 0)["text_embeds"]  # (L, D)
-        self.text_dim = self.empty_text_embeds.shape[-1]
 
     def _read(self, kind: str, shard: int, i: int) -> dict[str, torch.Tensor]:
-        """Row i of every tensor in a shard, by one short read. Raises RunFailed.
-
-        Nothing stays open or mapped: a memory map counts towards the process's memory, page by page.
-        """
+        """Row i of every tensor in a shard, by one short read. Raises RunFailed. Nothing stays open or
+        mapped: a memory map counts towards the process's memory, page by page."""
         path, row = f"{self.cache}/{kind}-{shard:05d}.safetensors", {}
         try:
             with open(path, "rb", buffering=0) as file:
@@ -94,3 +89,39 @@ def open_splits(cfg, base: Path, clap: Path, device: torch.device) -> list[Audio
         cfg.data_root, base, clap, cfg.image_size, cfg.cache_dir, cfg.windows, cfg.flip,
         min(16, cfg.val_batch_size), workers, str(device), cfg.max_bad_share)
     return [AudioImageDataset(cfg.data_root, split, folder) for split in ("train", "val")]
+
+
+@functools.lru_cache(maxsize=2)  # a batch may straddle two epochs
+def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(size)
+
+
+def step_batches(size: int, batch_size: int, seed: int, start: int, stop: int,
+                 share: tuple[int, int] = (0, 1)) -> Iterator[list[int]]:
+    """The batches of micro-steps [start, stop), cut from permutation(seed, 0), permutation(seed, 1), ... in a
+    row: resuming is another `start`. share is (rank, world): each process takes its part of all's batch."""
+    rank, world = share
+    for micro_step in range(start, stop):
+        first = (micro_step * world + rank) * batch_size
+        places = range(first, first + batch_size)
+        yield [int(_permutation(size, seed, at // size)[at % size]) for at in places]
+
+
+def sample_ids(dataset: AudioImageDataset, cfg, step: int) -> list[str]:
+    """The samples of an optimizer step, in all its micro-steps and processes."""
+    batches = step_batches(len(dataset), cfg.batch_size * processes.world(), cfg.seed,
+                           step * cfg.accumulation, (step + 1) * cfg.accumulation)
+    return [dataset.rows[i]["id"] for batch in batches for i in batch]
+
+
+def make_loader(dataset: AudioImageDataset, batch_size: int, seed: int, start: int, stop: int, workers: int,
+                device: torch.device) -> cache.Loader:
+    """This process's share of the batches of micro-steps [start, stop): the same bits with any workers.
+    Raises UserError if there are fewer rows than a batch of all processes."""
+    everyone = batch_size * processes.world()
+    if len(dataset) < everyone:
+        raise UserError(f"{dataset.data_root}: split {dataset.split!r} has {len(dataset)} usable rows, fewer "
+                        f"than a batch of {everyone}; add rows or lower --batch-size")
+    batches = step_batches(len(dataset), batch_size, seed, start, stop, (processes.rank(), processes.world()))
+    workers = workers if workers >= 0 else 2 if device.type == "cuda" else 0
+    return cache.Loader(dataset, batches, workers, persistent_workers=workers > 0)

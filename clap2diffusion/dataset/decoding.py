@@ -32,6 +32,15 @@ def _check_plain_file(path: Path) -> None:
         raise BadFile("zero bytes")
 
 
+def _checked(opened, faults: list[tuple[bool, str]]):
+    """An opened file. Raises BadFile with the first of its faults that is true, and closes it."""
+    for wrong, reason in faults:
+        if wrong:
+            opened.close()
+            raise BadFile(reason)
+    return opened
+
+
 def _ogg_ends(path: Path) -> bool:
     """Whether the last Ogg page is whole and marked as last. libsndfile shortens a cut Ogg without a word."""
     with open(path, "rb") as file:
@@ -43,28 +52,6 @@ def _ogg_ends(path: Path) -> bool:
     return bool(page[5] & 4) and len(page) >= 27 + page[26] + sum(page[27:27 + page[26]])
 
 
-def _fault_of_sound(sound: sf.SoundFile, path: Path) -> str | None:
-    """Why a sound cannot be used, as far as its header shows."""
-    # libsndfile shortens a cut WAV or AIFF too, and says so only in its log. A program that cannot go back to
-    # fill in the header writes a size near 2^31 or 2^32.
-    cut = re.search(r"^\s*(?:data|SSND)\s*:\s*(\d+) \(should be (\d+)\)", sound.extra_info, re.MULTILINE)
-    w64 = re.search(r"^riff : (\d+) \(should be (\d+)\)", sound.extra_info, re.MULTILINE)
-    said, found = map(int, (cut or w64).groups()) if cut or w64 else (0, 0)
-    if not MIN_RATE <= sound.samplerate <= MAX_RATE:
-        return f"sampling rate {sound.samplerate} Hz, expected {MIN_RATE} to {MAX_RATE}"
-    if sound.frames <= 0:
-        return "zero length: a header without samples"
-    if sound.frames > 1 << 48:
-        return "the header does not say how long it is; encode it again"
-    if found < said < 0x7FFF_F000:
-        return f"truncated: {found} of {said} bytes"
-    if sound.format == "OGG" and not _ogg_ends(path):
-        return "truncated: the last Ogg page is missing"
-    if sound.frames < MIN_CLIP_S * sound.samplerate:
-        return f"{sound.frames / sound.samplerate:.3f} s long, expected at least {MIN_CLIP_S} s"
-    return None
-
-
 def open_audio(path: Path) -> sf.SoundFile:
     """Open a sound and check what its header says, without decoding it. Raises BadFile."""
     try:
@@ -73,18 +60,24 @@ def open_audio(path: Path) -> sf.SoundFile:
     except (RuntimeError, TypeError, ValueError, OSError) as error:  # sf's own errors are RuntimeErrors
         reason = getattr(error, "error_string", error)
         raise BadFile(f"not a sound that libsndfile reads ({reason})") from None
-    if reason := _fault_of_sound(sound, path):
-        sound.close()
-        raise BadFile(reason)
-    return sound
+    # libsndfile shortens a cut WAV or AIFF too, and says so only in its log. A program that cannot go back to
+    # fill in the header writes a size near 2^31 or 2^32.
+    cut = re.search(r"^\s*(?:data|SSND)\s*:\s*(\d+) \(should be (\d+)\)", sound.extra_info, re.MULTILINE)
+    w64 = re.search(r"^riff : (\d+) \(should be (\d+)\)", sound.extra_info, re.MULTILINE)
+    said, found = map(int, (cut or w64).groups()) if cut or w64 else (0, 0)
+    rate, frames = sound.samplerate, sound.frames
+    return _checked(sound, [
+        (not MIN_RATE <= rate <= MAX_RATE, f"sampling rate {rate} Hz, expected {MIN_RATE} to {MAX_RATE}"),
+        (frames <= 0, "zero length: a header without samples"),
+        (frames > 1 << 48, "the header does not say how long it is; encode it again"),
+        (found < said < 0x7FFF_F000, f"truncated: {found} of {said} bytes"),
+        (sound.format == "OGG" and not _ogg_ends(path), "truncated: the last Ogg page is missing"),
+        (frames < MIN_CLIP_S * rate, f"{frames / rate:.3f} s long, expected at least {MIN_CLIP_S} s")])
 
 
 def read_windows(path: Path, window_s: float, windows=1, start_s=0.0) -> tuple[list[np.ndarray], int]:
-    """Stretches of a sound, each (samples, channels) as the file holds them, and its rate in Hz.
-
-    One window begins at start_s, several are spread evenly from there to the end. A sound shorter than
-    window_s comes whole. Raises BadFile.
-    """
+    """Stretches (samples, channels) of a sound as its file has them, and its rate in Hz: one from start_s, or
+    several evenly from there to the end; the whole if it is shorter than window_s. Raises BadFile."""
     with open_audio(path) as sound:
         rate, total = sound.samplerate, sound.frames
         length, blocks = min(total, round(window_s * rate)), []
@@ -109,10 +102,8 @@ def read_windows(path: Path, window_s: float, windows=1, start_s=0.0) -> tuple[l
 
 
 def to_mono(blocks: list[np.ndarray]) -> tuple[list[np.ndarray], list[str]]:
-    """Windows (samples, channels) -> the means of their channels (samples,), and flags of the clip.
-
-    Peaks are scaled to at most 1. The flags are "silent" and "cancelled by the mono mix".
-    """
+    """Windows (samples, channels) -> the means of their channels (samples,), with peaks scaled to at most 1,
+    and flags of the clip: "silent" or "cancelled by the mono mix"."""
     peak = max(float(np.abs(block).max()) for block in blocks)
     # Scaled before the mean, which could overflow. All windows by one factor, so they stay in proportion.
     monos = [(block / max(peak, 1.0)).mean(axis=1) for block in blocks]
@@ -124,10 +115,8 @@ def to_mono(blocks: list[np.ndarray]) -> tuple[list[np.ndarray], list[str]]:
 
 def decode_audio(path: str | Path, sampling_rate: int, window_s: float, windows=1,
                  start_s=0.0) -> tuple[list[np.ndarray], list[str]]:
-    """`windows` mono float32 waveforms (samples,) of at most window_s seconds at sampling_rate, and flags.
-
-    The windows are those of read_windows, flags and scaling those of to_mono. Raises BadFile.
-    """
+    """`windows` mono float32 waveforms (samples,) of at most window_s seconds at sampling_rate, and flags, by
+    read_windows() and to_mono(). Raises BadFile."""
     blocks, rate = read_windows(Path(path), window_s, windows, start_s)
     monos, flags = to_mono(blocks)
     limit = round(window_s * sampling_rate)  # what is longer the CLAP extractor would crop at random
@@ -140,10 +129,8 @@ def load_waveform(path: str | Path, sampling_rate: int, window_s: float, windows
 
 
 def active_rms(waveform: np.ndarray, sampling_rate: int) -> float:
-    """RMS of (samples,) while it sounds: the mean power of 20 ms blocks, each weighted by its power.
-
-    Silence hardly counts. Over the whole clip five barks would be 7 dB above one; here they are as loud.
-    """
+    """RMS of (samples,) while it sounds: the mean power of 20 ms blocks, each weighted by its power. Silence
+    hardly counts. Over the whole clip five barks would be 7 dB above one; here they are as loud."""
     block = sampling_rate // 50
     blocks = np.pad(waveform, (0, -len(waveform) % block)).reshape(-1, block)
     power = np.mean(blocks ** 2, axis=1)
@@ -159,19 +146,12 @@ def open_image(path: Path) -> Image.Image:
             image = Image.open(path)
     except _PILLOW_ERRORS as error:
         raise BadFile(f"not a picture that Pillow reads ({error})") from None
-    (width, height), reason = image.size, None
-    if width * height > MAX_PIXELS:
-        reason = f"{width}x{height} pixels, expected at most {MAX_PIXELS // 1_000_000} million"
-    elif min(width, height) < MIN_SIDE:
-        reason = f"{width}x{height} pixels, expected sides of at least {MIN_SIDE}"
-    elif max(width, height) > MAX_SHAPE_RATIO * min(width, height):
-        reason = f"{width}x{height} pixels, expected a shape of at most {MAX_SHAPE_RATIO}:1"
-    elif image.mode == "F":
-        reason = "floating-point pixels have no known white; save it with 8 or 16 bits"
-    if reason:
-        image.close()
-        raise BadFile(reason)
-    return image
+    (short, long), size = sorted(image.size), f"{image.width}x{image.height} pixels"
+    return _checked(image, [
+        (short * long > MAX_PIXELS, f"{size}, expected at most {MAX_PIXELS // 1_000_000} million"),
+        (short < MIN_SIDE, f"{size}, expected sides of at least {MIN_SIDE}"),
+        (long > MAX_SHAPE_RATIO * short, f"{size}, expected a shape of at most {MAX_SHAPE_RATIO}:1"),
+        (image.mode == "F", "floating-point pixels have no known white; save it with 8 or 16 bits")])
 
 
 def load_image(path: str | Path, size: int) -> np.ndarray:

@@ -19,11 +19,9 @@ from clap2diffusion.base.exits import UserError
 
 def log_mel(extractor, waveform: np.ndarray) -> dict[str, np.ndarray]:
     """waveform (samples,) float32 at the extractor's rate -> the audio tower's inputs, each (1, ...).
-
-    One clip at a time, so the rest of a batch changes nothing. It takes half of an encoder's time on a CPU
-    and needs no torch: loader processes call it too. Raises ValueError: not one-dimensional, empty, longer
-    than the window, not finite. The extractor would take it for several clips, crash, crop it, pass NaN on.
-    """
+    One clip at a time, so the rest of a batch changes nothing. Loader processes call it, as it needs no torch
+    and takes half of an encoder's time on a CPU. Raises ValueError: not one-dimensional, empty, longer than
+    the window, not finite. The extractor would take it for several clips, crash, crop it, pass NaN on."""
     longest = extractor.nb_max_samples
     if waveform.ndim != 1 or not 0 < len(waveform) <= longest:
         raise ValueError(f"waveform has shape {waveform.shape}, expected (1..{longest},)")
@@ -73,14 +71,6 @@ class Encoders:
             model.float().eval().to(device) for model in (vae, text_encoder, CLAPAudioEncoder(str(clap))))
         self.tokenizer = transformers.CLIPTokenizer.from_pretrained(base, subfolder="tokenizer")
 
-    def latents(self, images: np.ndarray) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) -> mean and std of the scaled latents, each (B, C, h, w)."""
-        config = self.vae.config
-        # clone: torch aligns its memory, NumPy does not, and the alignment changes last bits
-        posterior = self.vae.encode(torch.from_numpy(images).clone().to(self.device)).latent_dist
-        mean = (posterior.mean - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
-        return mean.cpu(), (posterior.std * config.scaling_factor).cpu()
-
     def text(self, captions: list[str]) -> Tensor:
         """Captions -> (B, L, D), padded and cut to the tokenizer's length as the pipelines do."""
         ids = self.tokenizer(captions, padding="max_length", max_length=self.tokenizer.model_max_length,
@@ -89,12 +79,15 @@ class Encoders:
 
     def rows(self, decoded: list[tuple], flip: bool, batch_size: int) -> dict[str, Tensor]:
         """What Decode gave of B rows -> latents_mean, latents_std (B, F, C, h, w), audio_embeds (B, k, E)."""
-        images = np.stack([image for image, _, _ in decoded])
-        sides = [self.latents(side) for side in ([images, images[..., ::-1].copy()] if flip else [images])]
-        clips = [clip for _, clips, _ in decoded for clip in clips]
+        images, heard, flags = zip(*decoded)
+        # clone: torch aligns its memory, NumPy does not, and the alignment changes last bits
+        plain = torch.from_numpy(np.stack(images)).clone().to(self.device)
+        sides = [self.vae.encode(x).latent_dist for x in ([plain, plain.flip(-1)] if flip else [plain])]
+        mean, std = (torch.stack([getattr(side, name) for side in sides], 1) for name in ("mean", "std"))
+        shift, scale = getattr(self.vae.config, "shift_factor", None) or 0.0, self.vae.config.scaling_factor
+        clips = sum(heard, [])
         parts = [self.clap.embed(clips[i:i + batch_size]).cpu() for i in range(0, len(clips), batch_size)]
         embeds = torch.cat(parts).unflatten(0, (len(decoded), -1))
-        silent = torch.tensor([bool(flags) for _, _, flags in decoded])
-        return {"latents_mean": torch.stack([mean for mean, _ in sides], 1),
-                "latents_std": torch.stack([std for _, std in sides], 1),
+        silent = torch.tensor([*map(bool, flags)])
+        return {"latents_mean": ((mean - shift) * scale).cpu(), "latents_std": (std * scale).cpu(),
                 "audio_embeds": embeds.masked_fill(silent[:, None, None], 0.0)}  # zeros are the null audio

@@ -1,5 +1,6 @@
 """The manifest of a data folder: its checked rows, and how a folder is begun and ended. No heavy import."""
 
+import functools
 import hashlib
 import json
 import os
@@ -76,11 +77,9 @@ def _entries(root: Path) -> Iterator[tuple[str, str | None, object]]:
             yield f"{path.name} item {number}", split, item
 
 
-def _inside(root: str, key: str, name: str, folders: dict[str, str]) -> str:
+def _inside(root: str, key: str, name: str, real_folder: Callable[[str], str]) -> str:
     """A manifest's name of a file -> its name inside the data folder, links resolved. Raises ValueError.
-
-    The name is also tried in both Unicode normal forms. `folders` keeps resolved folders: resolving is slow.
-    """
+    The name is also tried in both Unicode normal forms. real_folder: os.path.realpath, cached since slow."""
     if not name or "\0" in name:
         raise ValueError(f"{key}: the name {name!r} is empty or holds a zero character")
     if name.startswith("/") or ".." in name.split("/"):
@@ -96,9 +95,7 @@ def _inside(root: str, key: str, name: str, folders: dict[str, str]) -> str:
         else:
             path, mode = paths[0], 0
         folder, file = os.path.split(path)
-        if folder not in folders:
-            folders[folder] = os.path.realpath(folder)
-        path = str(Path(path).resolve()) if stat.S_ISLNK(mode) else os.path.join(folders[folder], file)
+        path = str(Path(path).resolve()) if stat.S_ISLNK(mode) else os.path.join(real_folder(folder), file)
     except (OSError, RuntimeError) as error:  # a name too long, a circle of links
         raise ValueError(f"{key}: {name!r} cannot be looked up ({error})") from None
     if not path.startswith(os.path.join(root, "")):
@@ -106,7 +103,7 @@ def _inside(root: str, key: str, name: str, folders: dict[str, str]) -> str:
     return path.removeprefix(os.path.join(root, ""))
 
 
-def _row(root: Path, where: str, split: str | None, item: object, folders: dict[str, str]) -> Row:
+def _row(root: Path, where: str, split: str | None, item: object, real_folder: Callable) -> Row:
     if isinstance(item, Exception):
         raise item
     if not isinstance(item, dict):
@@ -122,8 +119,8 @@ def _row(root: Path, where: str, split: str | None, item: object, folders: dict[
         if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
             raise ValueError(f"{key}: {value!r:.80} holds half of a character (\\ud800 to \\udfff)")
     split, label, properties = split or item.get("split"), item.get("label"), item.get("properties")
-    image = _inside(str(root), "image_file_name", item["image_file_name"], folders)
-    audio = _inside(str(root), "audio_file_name", item["audio_file_name"], folders)
+    image, audio = (_inside(str(root), key, item[key], real_folder)
+                    for key in ("image_file_name", "audio_file_name"))
     if split is None:
         share = int(hashlib.sha256(unicodedata.normalize("NFC", audio).encode()).hexdigest(), 16) % 100
         split = "train" if share < 90 else "val" if share < 95 else "test"
@@ -135,19 +132,18 @@ def _row(root: Path, where: str, split: str | None, item: object, folders: dict[
 
 def read_manifest(data_root: str | Path, log: Log | None = None) -> tuple[list[Row], list[str]]:
     """Read metadata.jsonl, or the founding project's {train,val,test}_metadata.json lists: rows, bad ones.
-
     A row without a split gets one from a hash of its audio name (90/5/5); `log` is told how many. Of rows
     that contradict each other (the same row twice, one sound in two splits) all but the first are bad: they
-    come as "place: reason". Raises UserError: no folder, no manifest, no rows, a founding list not JSON.
-    """
+    come as "place: reason". Raises UserError: no folder, no manifest, no rows, a founding list not JSON."""
     root = Path(data_root)
     if not root.is_dir():
         raise UserError(f"{root}: no such data folder; make it with prepare_data.py or correct --data-root")
     root = root.resolve()
-    rows, bad, seen, split_of, folders, unsplit = [], [], {}, {}, {}, 0
+    rows, bad, seen, split_of, unsplit = [], [], {}, {}, 0
+    real_folder = functools.cache(os.path.realpath)
     for where, split, item in _entries(root):
         try:
-            row = _row(root, where, split, item, folders)
+            row = _row(root, where, split, item, real_folder)
             same = (row.image, row.audio, row.text)
             if same in seen:
                 raise ValueError(f"the same row as {seen[same]}")
@@ -169,15 +165,12 @@ def read_manifest(data_root: str | Path, log: Log | None = None) -> tuple[list[R
 
 def begin_data_folder(out: Path, settings: dict) -> TextIO | None:
     """Make a data folder and hold it until the returned file is closed; None, with a line, if it is complete.
-
-    Raises UserError if it holds data made with other settings or cannot be written.
-    """
+    Raises UserError if it holds data made with other settings or cannot be written."""
     try:
         held = files.lock(out, wait=f"waiting for another process that is making {out}")
         if not (out / "metadata.jsonl").exists():
             for name in ("audio", "images"):
                 (out / name).mkdir(exist_ok=True)
-                files.remove_stale(out / name)
             return held
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); give another --out") from None

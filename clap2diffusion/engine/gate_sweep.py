@@ -14,9 +14,7 @@ from common import AudioAttentionAdapter
 
 def sweep_gate(audio_attn: AudioAttentionAdapter, measure) -> list[dict]:
     """The loss with the right sound at each tanh(gate) from 0 to 1, with its interval; the gate is put back.
-
-    measure(): {"right": losses (n,) of the validation clips} on fixed noise, at the gate as it is.
-    """
+    measure(): {"right": losses (n,) of the validation clips} on fixed noise, at the gate as it is."""
     kept, table = audio_attn.gate.data.clone(), []
     for strength in [i / 10 for i in range(11)] if processes.first() else []:
         audio_attn.set_strength(strength)
@@ -28,9 +26,7 @@ def sweep_gate(audio_attn: AudioAttentionAdapter, measure) -> list[dict]:
 
 def conclude(folder: Path, progress, tanh_gate: float, cfg) -> dict:
     """Write the sweeps as sweep.json and sweep.png, whatever the verdict; what result.json says of the gate.
-
-    Raises RunFailed: the gate walked away.
-    """
+    Raises RunFailed: the gate walked away."""
     window, (before, after) = (cfg.window_low, cfg.window_high), (progress.sweep_before, progress.sweep_after)
     if processes.first():
         write_json(folder / "sweep.json", {"before": before, "after": after, "tanh_gate": tanh_gate})

@@ -1,4 +1,4 @@
-"""A stage's folder under its lock: checkpoints, best and final weights; and where the stage stands."""
+"""A stage's folder under its lock: checkpoints, best and final weights, logs; and where the stage stands."""
 
 import errno
 import json
@@ -7,7 +7,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 from clap2diffusion.base import processes
 from clap2diffusion.base.exits import UserError
@@ -15,17 +18,50 @@ from clap2diffusion.base.files import lock, read_json, remove_stale, write_json
 from clap2diffusion.base.settings import changed_settings, check_same_settings
 from clap2diffusion.base.statistics import show_interval
 from clap2diffusion.base.tensor_file import Broken, read_tensors
-from clap2diffusion.engine.log import Logger
 from common import load_checkpoint, save_checkpoint
+
+
+class Logger:
+    """A line-buffered log.txt, an append-only log.jsonl and TensorBoard's files; of rank 0 alone."""
+
+    def __init__(self, folder: Path, log_dir: str, purge_step: int):
+        self.folder = folder
+        if not processes.first():
+            return
+        self._text = (folder / "log.txt").open("a", buffering=1, encoding="utf-8")
+        self._jsonl = (folder / "log.jsonl").open("a+", buffering=1, encoding="utf-8")
+        if self._jsonl.tell() and not (folder / "log.jsonl").read_bytes().endswith(b"\n"):
+            self._jsonl.write("\n")  # a full disk cut the last line; the next one must not be lost with it
+        place = Path(log_dir) / folder.parent.name / folder.name if log_dir else folder / "tensorboard"
+        self._board = SummaryWriter(place, purge_step=purge_step)
+
+    def text(self, line: str) -> None:
+        if processes.first():
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+            self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+    def scalars(self, step: int, **values: float | list[float]) -> None:
+        """Numbers, or [value, low, high]."""
+        if not processes.first():
+            return
+        self._jsonl.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            for suffix, one in zip(("", "_low", "_high"), value if isinstance(value, list) else [value]):
+                self._board.add_scalar(name + suffix, one, step)
+
+    def image(self, step: int, name: str, image) -> None:
+        self._board.add_image(name, np.asarray(image), step, dataformats="HWC")
+
+    def close(self) -> None:
+        for file in (self._text, self._jsonl, self._board):
+            file.close()
 
 
 class Progress:
     """Where a stage stands. It is saved with the rest, so a resumed stage decides as an unbroken one does.
-
-    `step_seconds` is the time inside steps. wall_seconds() is all of a stage's time, earlier sessions
-    included. `ended` is not saved: it follows from the counters, and settings that were changed by permission
-    must count.
-    """
+    `step_seconds` is the time inside steps, wall_seconds() all of it, earlier sessions included. `ended` is
+    not saved: it follows from the counters, and settings that were changed by permission must count."""
 
     def __init__(self, **extra):
         self.step, self.best_step, self.validated_step, self.bad_validations = 0, 0, -1, 0
@@ -50,20 +86,13 @@ class Progress:
         return bool(due) and self.validated_step != self.step
 
     def record_validation(self, result: dict, metric: str, min_delta: float, log: Logger) -> bool:
-        """Log a validation and return whether it is the best so far by `metric`."""
+        """Log a validation and return whether it is the best so far by `metric`. Early stopping counts those
+        in a row that did not beat the last one that counted by min_delta."""
         self.validated_step, self.last_validation = self.step, result
         self.first_validation = self.first_validation or result
         log.scalars(self.step, **result)
         log.text(f"step {self.step}: " + ", ".join(f"{k} {show_interval(v, 5)}" for k, v in result.items()))
-        value = result[metric][0]
-        return self.improved(value if metric == "val_right" else -value, min_delta)
-
-    def improved(self, value: float, min_delta: float) -> bool:
-        """Record a validation's deciding value (lower is better) and return whether it is the best so far.
-
-        Early stopping counts the validations in a row that did not beat the last one that counted by
-        min_delta.
-        """
+        value = result[metric][0] if metric == "val_right" else -result[metric][0]  # lower is better
         if self.to_beat is None or value < self.to_beat - min_delta:
             self.to_beat, self.bad_validations = value, 0
         else:
@@ -76,13 +105,10 @@ class Progress:
 
 class RunFolder:
     """A stage's folder: checkpoints/step-NNNNNNNN.safetensors, {best,final}.safetensors, result.json.
-
     Of several processes rank 0 holds the lock and writes; the others only read.
+    Raises UserError: the folder cannot be made or written, or another process holds it."""
 
-    Raises UserError: the folder cannot be made or written, or another process holds it.
-    """
-
-    def __init__(self, path: Path, fresh: bool = False, log_dir: str = ""):
+    def __init__(self, path: Path, fresh: bool, log_dir: str):
         self.path, self.checkpoints = path, path / "checkpoints"
         self.best, self.final = path / "best.safetensors", path / "final.safetensors"
         self.result = path / "result.json"
@@ -94,8 +120,7 @@ class RunFolder:
 
     def _take(self, fresh: bool) -> None:
         try:
-            # torchrun restarts with the same flags
-            again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+            again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun, with the same flags
             if fresh and self.path.exists() and not again:
                 backup = self.path.with_name(f"{self.path.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
                 with lock(self.path):
@@ -109,11 +134,9 @@ class RunFolder:
         for stale in [*remove_stale(self.path), *remove_stale(self.checkpoints)]:
             print(f"{stale}: left by an interrupted save, removed")
 
-    def is_complete(self, settings: dict, init: str = "") -> bool:
+    def is_complete(self, settings: dict, init: str) -> bool:
         """True, with a line, if this stage has ended: result.json is written last.
-
-        Raises UserError: it began from another result of the stage before than the one that is there now.
-        """
+        Raises UserError: it began from another result of the stage before than the one that is there now."""
         if not self.result.exists() or not self.final.exists():
             return False
         made = read_json(self.result)
@@ -131,19 +154,19 @@ class RunFolder:
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08d}.safetensors"
 
-    def newest_valid(self) -> tuple[Path, dict, dict[str, Tensor]] | None:
-        """The valid checkpoint of the highest step; broken ones are named, renamed and passed over."""
+    def newest_valid(self) -> tuple[int, dict, dict[str, Tensor]] | tuple[int]:
+        """The highest step of a valid checkpoint and what is in it, or (-1,). Broken ones are renamed."""
         for step in reversed(self.steps()):
             path = self.checkpoint(step)
             try:
-                return path, *read_tensors(path)
+                return step, *read_tensors(path)
             except Broken as error:
                 print(f"{error}; falling back to the one before", file=sys.stderr, flush=True)
                 path.rename(f"{path}.broken")  # so that it is not counted among the newest that are kept
         if list(self.checkpoints.glob("*.broken")):
             raise UserError(f"{self.checkpoints}: no checkpoint there is whole; begin anew with --fresh, "
                             "which keeps them")
-        return None
+        return (-1,)
 
     def save(self, step: int, objects: dict, header: dict, keep: int) -> None:
         """Save this step's checkpoint, read it back, and only then drop the ones before the last `keep`."""
@@ -159,18 +182,24 @@ class RunFolder:
 
     def resume(self, objects: dict, header: dict, allow_changed: bool) -> None:
         """Load the newest valid checkpoint, if there is one, after checking that it belongs to this run."""
-        found = self.newest_valid() if processes.first() else None  # which names and renames broken ones
-        step = processes.largest(found[1]["step"] if found else -1)
-        if step >= 0 and not found:
-            found = self.checkpoint(step), *read_tensors(self.checkpoint(step))
-        if found:
-            path, saved, tensors = found
+        step, *found = self.newest_valid() if processes.first() else (-1,)
+        step = processes.largest(step)
+        if step >= 0:
+            path = self.checkpoint(step)
+            saved, tensors = found or read_tensors(path)
             for key in ("stage", "fingerprints", "dims", "init"):
                 if saved[key] != header[key]:
                     raise UserError(f"{path}: was made with {key} {saved[key]!r}, this run has "
                                     f"{header[key]!r}; give another --run, or begin anew with --fresh")
             check_same_settings(path, saved["settings"], header["settings"], allow_changed)
-            _load_with_own_rates(path, saved, tensors, objects)
+            # --allow-changed may have changed the rates and the EMA's decay: this run's own stay
+            optimizer, ema = objects["optimizer"], objects.get("ema")
+            groups, decay = [{**group} for group in optimizer.param_groups], ema and ema.decay
+            load_checkpoint(path, saved, tensors, objects)
+            for group, own in zip(optimizer.param_groups, groups):
+                group.update({**own, "params": group["params"]})
+            if ema:
+                ema.decay = decay
         if processes.first():
             write_json(self.path / "config.json", header["settings"])
 
@@ -196,31 +225,18 @@ def _check_log_dir(folder: Path) -> None:
                         "written") from None
 
 
-def _load_with_own_rates(path: Path, saved: dict, tensors: dict, objects: dict) -> None:
-    """Load a checkpoint, but keep this run's rates and EMA decay, which --allow-changed may have changed."""
-    optimizer, ema = objects["optimizer"], objects.get("ema")
-    groups, decay = [{**group, "params": None} for group in optimizer.param_groups], ema and ema.decay
-    load_checkpoint(path, saved, tensors, objects)
-    for group, own in zip(optimizer.param_groups, groups):
-        group.update({key: value for key, value in own.items() if key != "params"})
-    if ema:
-        ema.decay = decay
-
-
-def previous_stage(path: Path, stage: str, fingerprints: dict,
-                   command: str) -> tuple[dict, dict[str, Tensor]]:
-    """Read the final.safetensors of the stage before.
-
-    Raises UserError: that stage has not run or not finished (the command to run is named), or the file is
-    another's.
-    """
+def previous_stage(cfg, stage: str, fingerprints: dict) -> tuple[Path, dict, dict[str, Tensor]]:
+    """The final.safetensors of the stage before: its path, header and tensors.
+    Raises UserError: that stage has not run or not finished, or the file is another's."""
+    path = Path(cfg.init_from or Path(cfg.run) / stage) / "final.safetensors"
     if not path.exists():
         state = "is not finished" if path.parent.exists() else "has not run"
-        raise UserError(f"{path}: {stage} {state}; run first: {command}")
+        raise UserError(f"{path}: {stage} {state}; run first: python train_{stage}.py --config {cfg.config} "
+                        f"--run {cfg.run}")
     header, tensors = read_tensors(path)
     if header["stage"] != stage:
         raise UserError(f"{path}: is of {header['stage']}, expected a result of {stage}")
     if header["fingerprints"] != fingerprints:
         raise UserError(f"{path}: belongs to models {header['fingerprints']}, this run has {fingerprints}; "
                         "give the --base-model and --clap-model it was trained with")
-    return header, tensors
+    return path, header, tensors

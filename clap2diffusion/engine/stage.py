@@ -12,16 +12,13 @@ from tqdm import tqdm
 
 from clap2diffusion.base import processes
 from clap2diffusion.base.device import DTYPES, peak_memory_mb, pick_device
-from clap2diffusion.base.exits import Stopped, StopSignal, UserError
+from clap2diffusion.base.exits import Stopped, UserError, stops_awaited
 from clap2diffusion.base.files import write_json
 from clap2diffusion.base.hub import Models
 from clap2diffusion.base.settings import settings
-from clap2diffusion.dataset.dataset import open_splits
-from clap2diffusion.dataset.loading import make_loader, sample_ids
-from clap2diffusion.engine.log import Logger
-from clap2diffusion.engine.run_folder import Progress, RunFolder, previous_stage
-from clap2diffusion.pictures.export import check_export, write_adapter
-from clap2diffusion.pictures.pipelines import sample_pictures
+from clap2diffusion.dataset.dataset import make_loader, open_splits, sample_ids
+from clap2diffusion.engine.run_folder import Logger, Progress, RunFolder, previous_stage
+from clap2diffusion.pictures.pipelines import check_export, sample_pictures, write_adapter
 from clap2diffusion.pictures.sheets import write_png
 from common import FiniteCheck, load_checkpoint, save_checkpoint, trainable_parameters
 
@@ -32,57 +29,57 @@ class StageRun:
     Attributes: device; autocast(), a context; train, val, the cached data sets; before, the header of the
     result it starts from ({} for stage 1); complete, True if the stage has ended already: then nothing else
     is there. After begin(): progress, log, check.
-
-    Raises UserError: no such device, a folder or data that cannot be used, no result of the stage before.
-    """
+    Raises UserError: no such device, a folder or data that cannot be used, no result of the stage before."""
 
     def __init__(self, stage: str, cfg, models: Models, starts_from: str = ""):
         """starts_from: the stage whose result this one begins with, found in RUN or in --init-from."""
-        self.stage, self.cfg, self.models = stage, cfg, models
+        self.stage, self.cfg, self.models, self.before = stage, cfg, models, {}
         self.device, self.autocast = pick_device(cfg.device, cfg.precision)
         self.folder = RunFolder(Path(cfg.run) / cfg.name, cfg.fresh, cfg.log_dir)
-        self.before, self._before_tensors = {}, {}
         if starts_from:
-            self._before_path = Path(cfg.init_from or Path(cfg.run) / starts_from) / "final.safetensors"
-            self.before, self._before_tensors = previous_stage(
-                self._before_path, starts_from, models.fingerprints,
-                f"python train_{starts_from}.py --config {cfg.config} --run {cfg.run}")
+            self._found = previous_stage(cfg, starts_from, models.fingerprints)
+            self.before = self._found[1]
         self.complete = self.folder.is_complete(settings(cfg), self.before.get("sha256", ""))
         if not self.complete:
             self.train, self.val = open_splits(cfg, models.base, models.clap, self.device)
 
     def load_frozen(self) -> tuple[UNet2DConditionModel, DDPMScheduler]:
         """The base model's UNet, frozen and in eval mode, and its noise schedule. Seeds torch's generator.
-
-        Raises UserError: the cached features do not fit the UNet.
-        """
+        Raises UserError: the cached features do not fit the UNet; both sides are named."""
         torch.manual_seed(self.cfg.seed)
         unet = UNet2DConditionModel.from_pretrained(self.models.base, subfolder="unet",
                                                     dtype=DTYPES[self.cfg.frozen_dtype])
-        check_dims(unet, self.train)
+        text_dim, width = self.train.empty_text_embeds.shape[-1], unet.config.cross_attention_dim
+        if text_dim != width:
+            raise UserError(f"text embeddings are {text_dim} wide, the UNet's cross-attention expects {width}"
+                            "; text encoder and UNet must be of one base model")
+        channels, expected = self.train.latent_shape[0], unet.config.in_channels
+        if channels != expected:
+            raise UserError(f"latents have {channels} channels, the UNet expects {expected}; VAE and UNet "
+                            "must be of one base model")
         scheduler = DDPMScheduler.from_pretrained(self.models.base, subfolder="scheduler")
         return unet.requires_grad_(False).to(self.device).eval(), scheduler
 
     def load_before(self, weights: dict) -> None:
         """Load weights from the result of the stage before, and say so."""
-        load_checkpoint(self._before_path, self.before, self._before_tensors, weights)
+        load_checkpoint(*self._found, weights)
         dims = self.before["dims"]
         lora = f", LoRA rank {dims['lora'][0]}" if "lora" in dims else ""
-        print(f"{self.cfg.name}: starts from {self._before_path} (step {self.before['step']}, "
+        print(f"{self.cfg.name}: starts from {self._found[0]} (step {self.before['step']}, "
               f"{dims['num_tokens']} audio tokens{lora})", flush=True)
 
     def begin(self, weights: dict, optimizer, unet: nn.Module, dims: dict, ema=None, **counters) -> Progress:
         """Register what is saved and loaded, resume from the newest checkpoint if there is one, open the log.
-
-        counters: more of what Progress counts, with the values to begin with.
-        """
+        counters: more of what Progress counts, with the values to begin with."""
         cfg, self.weights, self.unet = self.cfg, weights, unet
         self.progress = Progress(**counters)
         self.objects = {**weights, "optimizer": optimizer, "progress": self.progress}
-        if ema:
-            self.objects["ema"] = ema
-        self.header = make_header(self.stage, cfg, self.train.cache.name, self.models.fingerprints, dims,
-                                  self.before.get("sha256", ""))
+        self.objects |= {"ema": ema} if ema else {}
+        # what a checkpoint says about itself; the features' name changes with the data
+        self.header = {"stage": self.stage, "settings": {**settings(cfg), "features": self.train.cache.name},
+                       "base_model": cfg.base_model, "clap_model": cfg.clap_model,
+                       "fingerprints": self.models.fingerprints, "dims": dims,
+                       "init": self.before.get("sha256", "")}
         self.folder.resume(self.objects, self.header, cfg.allow_changed)
         if ema:
             ema.to("cpu" if cfg.ema_on_cpu else self.device)  # a checkpoint is read on the CPU
@@ -120,7 +117,7 @@ class StageRun:
     @contextmanager
     def stepping(self):
         """Inside, a stop signal waits for the next save_if_due(), and a bar shows the progress."""
-        with StopSignal(speaks=processes.first()) as self.stop, \
+        with stops_awaited(speaks=processes.first()) as self.stops, \
                 tqdm(total=self.cfg.steps, initial=self.progress.step, desc=self.cfg.name, unit="step",
                      dynamic_ncols=True, disable=not processes.first()) as self.bar:
             yield
@@ -132,7 +129,7 @@ class StageRun:
     def save_if_due(self) -> None:
         """Save everything every --save-every steps, at the end and on a signal, and then raise Stopped."""
         step = self.progress.step
-        signum = processes.largest(self.stop.signum)  # not stored back: one may come while processes agree
+        signum = processes.largest(self.stops[0] if self.stops else 0)  # one may come while processes agree
         if signum or self.progress.ended or step % self.cfg.save_every == 0:
             self.folder.save(step, self.objects, self.header, self.cfg.keep)
         if signum:
@@ -169,10 +166,8 @@ class StageRun:
     # --- the end
     def finish(self, scheduler, **result) -> None:
         """Export and prove the adapter, then write final.safetensors, then result.json with `result` in it.
-
         Weights without audio K and V of their own (a changed copy of a script) have no stock layout: they are
-        saved and not exported.
-        """
+        saved and not exported."""
         if not processes.first():
             return
         header, proof = {**self.header, "step": self.progress.step}, {}
@@ -203,31 +198,9 @@ class StageRun:
                  "timesteps": torch.linspace(0, scheduler.config.num_train_timesteps - 1, n).long(),
                  "text_tokens": torch.stack([row["text_embeds"] for row in rows]),
                  "audio_embeds": torch.stack([row["audio_embeds"][0] for row in rows])}
-        difference = check_export(path, self.models.base, weights["audio_proj"], weights["audio_attn"],
-                                  self.unet, batch)
+        difference = check_export(path, self.models.base, weights, self.unet, batch)
         self.log.text(f"{self.cfg.name}: {path} loads into a stock pipeline, largest difference "
                       f"{difference:.1e}")
         if self.cfg.samples:
             self._write_samples(path, "samples.png")
         return difference
-
-
-def check_dims(unet: nn.Module, data) -> None:
-    """Raises UserError if the cached features do not fit the UNet; both sides are named."""
-    text_dim, width = data.empty_text_embeds.shape[-1], unet.config.cross_attention_dim
-    if text_dim != width:
-        raise UserError(f"text embeddings are {text_dim} wide, the UNet's cross-attention expects {width}; "
-                        "text encoder and UNet must be of one base model")
-    if data.latent_shape[0] != unet.config.in_channels:
-        raise UserError(f"latents have {data.latent_shape[0]} channels, the UNet expects "
-                        f"{unet.config.in_channels}; VAE and UNet must be of one base model")
-
-
-def make_header(stage: str, cfg, features: str, fingerprints: dict, dims: dict, init: str = "") -> dict:
-    """What a checkpoint says about itself, beside its objects and its step.
-
-    features: name of the feature cache, which changes with the data; init: SHA-256 of the result it began
-        from.
-    """
-    return {"stage": stage, "settings": {**settings(cfg), "features": features}, "base_model": cfg.base_model,
-            "clap_model": cfg.clap_model, "fingerprints": fingerprints, "dims": dims, "init": init}

@@ -20,9 +20,7 @@ STAGES = ("stage1", "stage2", "stage3")
 
 def check_run(args: argparse.Namespace) -> bool:
     """Look at what is to be judged, or without a judge reported on. Returns whether all stages have ended.
-
-    Raises UserError: no adapter, data or judge; without a judge, a stage that has not ended.
-    """
+    Raises UserError: no adapter, data or judge; without a judge, a stage that has not ended."""
     if args.judge:
         adapter_path = find_adapter(args.run)
         find_data(args, adapter_path)
@@ -99,8 +97,7 @@ class Clips:
 
     The classes are the labels of every split's rows; without any label a clip's caption is its class.
     `single` and `pairs` are the positions of clips with one label and with two ("a+b"), `of_class` those of
-    the single ones of each class. `heard` holds the pairs of labels that training or validation has.
-    """
+    the single ones of each class. `heard` holds the pairs of labels that training or validation has."""
 
     def __init__(self, data_root: str, split: str, n: int, image_size: int):
         rows, _ = read_manifest(data_root)
@@ -114,15 +111,15 @@ class Clips:
             raise UserError(f"{data_root}: split {split!r} has {len(self.rows)} usable clips; expected at "
                             "least 2")
         self.labelled = any(row.label for row in self.rows)
-        kinds = [(row.label or "").split("+") for row in self.rows]
-        self.kinds = kinds if self.labelled else [[row.text] for row in self.rows]
-        known = [(row.label or "").split("+") for row in rows] if self.labelled else self.kinds
+        kinds_of = {row.where: (row.label or "").split("+") for row in rows}
+        self.kinds = [kinds_of[row.where] if self.labelled else [row.text] for row in self.rows]
+        known = kinds_of.values() if self.labelled else self.kinds
         self.classes = sorted({name for kind in known for name in kind if name})
         self.single = [i for i, kind in enumerate(self.kinds) if len(kind) == 1 and kind[0]]
         self.pairs = [i for i, kind in enumerate(self.kinds) if len(kind) == 2]
         self.of_class = {name: [i for i in self.single if self.kinds[i][0] == name] for name in self.classes}
         self.truth = np.array([self.classes.index(self.kinds[i][0]) for i in self.single], int)
-        self.heard = {frozenset((row.label or "").split("+")) for row in rows if row.split != "test"}
+        self.heard = {frozenset(kinds_of[row.where]) for row in rows if row.split != "test"}
         self.train = [row for row in rows if row.split == "train" and row.split != split]
 
     def indices(self, names) -> set[int]:

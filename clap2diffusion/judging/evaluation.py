@@ -1,7 +1,6 @@
 """One evaluation: pictures of the clips' sounds, what the judge and the world's own measure see, the files.
 
-Every clip keeps its starting noise for all sounds and runs, so only the sound differs and runs are paired.
-"""
+Every clip keeps its starting noise for all sounds and runs, so only the sound differs and runs are paired."""
 
 import argparse
 import hashlib
@@ -24,12 +23,12 @@ from clap2diffusion.dataset.decoding import SILENT_PEAK, active_rms, load_wavefo
 from clap2diffusion.judging import metrics, page
 from clap2diffusion.judging.clips import Clips, find_data
 from clap2diffusion.judging.judge import Judge
+from clap2diffusion.judging.page import LANGUAGES, SOUNDS, TEMPLATES
 from clap2diffusion.judging.report import git_commit, training_curves
-from clap2diffusion.judging.tables import LANGUAGES, SOUNDS, TEMPLATES
+from clap2diffusion.pictures.generation import embed, load_clap, mix
 from clap2diffusion.pictures.inputs import adapter_facts, find_adapter, scale_of_gate
 from clap2diffusion.pictures.pipelines import load_stock_pipeline, pictures
 from clap2diffusion.pictures.sheets import write_png
-from clap2diffusion.pictures.sound_algebra import embed, load_clap, mix
 from common import other_sounds
 
 MIXES, DIVERSITY_SEEDS, MIN_DIVERSITY, GATES = 10, 8, 0.5, (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -39,10 +38,8 @@ TRAINED = ("stage", "step", "base_model", "clap_model", "tanh_gate")
 
 class Subject:
     """An adapter under evaluation: its embeddings of the clips, and every picture it makes of them.
-
     Pictures are PNG files in FOLDER/evaluation/KEY, where KEY names adapter and settings. Only those that are
-    missing are made. FOLDER is the run, or where the adapter file lies.
-    """
+    missing are made. FOLDER is the run, or where the adapter file lies."""
 
     def __init__(self, run: str, args: argparse.Namespace):
         self.args, self.run, self.files, self.adapter_path = args, run, {}, find_adapter(run)
@@ -93,14 +90,6 @@ class Subject:
                 bar.update(len(chunk))
         return [Image.open(path).convert("RGB") for path in paths]
 
-    def clip_pictures(self, others: list[int]) -> dict[str, list[Image.Image]]:
-        """Pictures of every clip's sound, of silence and of another clip's sound, from the same noise."""
-        seeds = [self.args.seed + i for i in range(len(others))]
-        # The two halves of guidance are equal for the null audio, so none gives the same for half the work.
-        return {"right": self.pictures("right", self.audio_embeds, seeds),
-                "silence": self.pictures("silence", torch.zeros_like(self.audio_embeds), seeds, guidance=1.0),
-                "other": self.pictures("other", self.audio_embeds[others], seeds)}
-
 
 def pick_others(clips: Clips, audio_embeds: Tensor, seed: int) -> list[int]:
     """For each clip another one of as many labels that shares none and is no copy (common.other_sounds)."""
@@ -146,12 +135,6 @@ class Judged:
             found |= {"pairs_heard": both[heard], "pairs_unheard": both[~heard]}
         return {name: np.asarray(values, float) for name, values in found.items() if len(values)}
 
-    def bootstraps(self, images: np.ndarray, real: np.ndarray | None) -> dict[str, tuple]:
-        """(value, draws) of each measure, and of the CMMD to the `real` pictures if there are any."""
-        found = {name: bootstrap(values, np.median if name == "median_rank" else None)
-                 for name, values in self.measures(images).items()}
-        return found if real is None else found | {"cmmd": metrics.cmmd(images, real)}
-
 
 def about(clips: Clips) -> dict[str, dict]:
     """What each measure is, what chance gives, and which direction is better."""
@@ -167,24 +150,33 @@ def about(clips: Clips) -> dict[str, dict]:
 
 def measure_table(judged: Judged, embeds: dict[str, np.ndarray]) -> tuple[dict[str, dict], dict[str, tuple]]:
     """(each measure with its interval for each sound and for real pictures, the right sound's bootstraps)."""
-    boots = {sound: judged.bootstraps(images, judged.real) for sound, images in embeds.items()}
-    boots["real"] = judged.bootstraps(judged.real, judged.reference)
-    n = {name: len(values) for name, values in judged.measures(judged.real).items()}
-    n["cmmd"] = len(judged.real)
+    boots, n = {}, {"cmmd": len(judged.real)}
+    for kind, images in {**embeds, "real": judged.real}.items():
+        values = judged.measures(images)
+        n |= {name: len(of_clips) for name, of_clips in values.items()}
+        boots[kind] = {name: bootstrap(of_clips, np.median if name == "median_rank" else None)
+                       for name, of_clips in values.items()}
+        real = judged.reference if kind == "real" else judged.real
+        if real is not None:
+            boots[kind]["cmmd"] = metrics.cmmd(images, real)
     table = {name: {**facts, "n": n[name],
                     **{kind: summary(*found[name]) for kind, found in boots.items() if name in found}}
              for name, facts in about(judged.clips).items() if name in n}
     return table, boots["right"]
 
 
-def follow_properties(clips: Clips, pictures: dict[str, list], others: list[int], world) -> tuple[dict, dict]:
-    """Spearman's rho between each property of the sound and its measure in the picture.
+def set_properties(clips: Clips, world) -> dict[int, dict]:
+    """What was set in each single sound that we made ourselves, by its position: loudness and so on."""
+    rows = {i: clips.rows[i].properties for i in clips.single if clips.kinds[i][0] in world.CLASSES}
+    return {i: {**row["sources"][0], **row} for i, row in rows.items() if row}
 
+
+def follow_properties(clips: Clips, pictures: dict[str, list], others: list[int], world) -> tuple[dict, dict]:
+    """Spearman's rho between each property of the sound and its measure in the picture: (the part of
+    evaluation.json, the right sound's bootstraps by measure); both are empty if the data have no properties.
     `real` is the measure's own accuracy, on real renders. `right` pairs a clip with its picture, `shuffled`
-    with the picture of another clip's sound, where nothing may be left. Returns the part of evaluation.json
-    and the bootstraps of the right sound, by property; both are empty if the data have no properties.
-    """
-    known = [i for i in clips.single if clips.rows[i].properties and clips.kinds[i][0] in world.CLASSES]
+    with the picture of another clip's sound, where nothing may be left."""
+    known = set_properties(clips, world)
     if len(known) < 10:
         return {}, {}
     shown = {"real": (clips.real, known), "right": (pictures["right"], known),
@@ -193,23 +185,21 @@ def follow_properties(clips: Clips, pictures: dict[str, list], others: list[int]
             for kind, (images, drawn) in shown.items()}
     found, right = {}, {}
     for name in world.PROPERTIES:
-        heard = [world.set_in_sound(clips.rows[i].properties, name) for i in known]
+        heard = [properties[name] for properties in known.values()]
         points = {kind: np.array([heard, [values[name] for values in measured]]).T
                   for kind, measured in seen.items()}
         boots = {kind: metrics.bootstrap_spearman(pairs) for kind, pairs in points.items()}
         found[name] = {"n": len(known), **{kind: summary(*boot) for kind, boot in boots.items()},
                        "points": points["right"].tolist()}
-        right[name] = boots["right"]
+        right[f"rho_{name}"] = boots["right"]
     return found, right
 
 
 def diversity(judged: Judged, subject: Subject, right: np.ndarray, seeds: int) -> dict:
     """Mode-collapse watch: how far apart a class's pictures lie, and does other noise give another picture.
-
     `distance` is the mean pairwise distance of the pictures of a class (each clip its own sound and noise;
     `right` holds their embeddings), `real_distance` that of the real pictures. `seed_distance` and
-    `distinct_share` are of one sound of each class under several noises.
-    """
+    `distinct_share` are of one sound of each class under several noises."""
     groups = [group for group in judged.clips.of_class.values() if group][:32]
     if not groups:
         return {}
@@ -228,16 +218,15 @@ def diversity(judged: Judged, subject: Subject, right: np.ndarray, seeds: int) -
 
 
 def pick_mixtures(clips: Clips, world) -> list[tuple[int, int]]:
-    """Pairs of single clips whose labels training never heard together; none if no clip has two labels.
-
-    Each pair of labels comes in both orders. Where the data say how high a sound is, the first one is low and
-    the second one high, as in the sound world's own pairs.
-    """
+    """Pairs of single clips whose labels training never heard together, in both orders; none if no clip has
+    two labels. Where the data say how high a sound is, the first one is low and the second one high, as in
+    the sound world's own pairs."""
     if not clips.pairs:
         return []
-    known = {i: clips.rows[i].properties for i in clips.single if clips.rows[i].properties}
-    low, high = ({name: [i for i in group if i in known and fits(known[i])] or group
-                  for name, group in clips.of_class.items()} for fits in (world.is_low, world.is_high))
+    known = set_properties(clips, world)
+    low, high = ({name: [i for i in group if i in known and lowest <= known[i]["pitch"] <= highest] or group
+                  for name, group in clips.of_class.items()}
+                 for lowest, highest in ((0, world.LOW_PITCH), (world.HIGH_PITCH, 1)))
     unheard = [pair for pair in combinations(clips.classes, 2) if frozenset(pair) not in clips.heard]
     return [(low[a][k % len(low[a])], high[b][k % len(high[b])]) for pair in unheard[:45]
             for k in range(MIXES // 2) for a, b in (pair, pair[::-1]) if low[a] and high[b]]
@@ -245,10 +234,8 @@ def pick_mixtures(clips: Clips, world) -> list[tuple[int, int]]:
 
 def mixtures(judged: Judged, subject: Subject, jobs: list[tuple[int, int]]) -> np.ndarray:
     """Whether (n,) both sounds are found in the picture of two clips, mixed as generate.py --weights does.
-
     The two have one level while they sound. Of sounds 20 dB apart nobody would hear both, and by the RMS of a
-    whole clip one crash in four seconds would be raised far above a steady sound.
-    """
+    whole clip one crash in four seconds would be raised far above a steady sound."""
     clips, encoder, embeds, rate = judged.clips, subject.encoder, [], subject.encoder.sampling_rate
     for job in tqdm(jobs, desc=f"{subject.run}: mixing", unit="mix", leave=False):
         waveforms = [load_waveform(clips.rows[i].audio_path, rate, encoder.window_s)[0] for i in job]
@@ -274,7 +261,12 @@ def gate_strips(clips: Clips, subject: Subject, n: int = 5) -> list[dict]:
 
 def evaluate(subject: Subject, judged: Judged, others: list[int], quick: bool, world) -> tuple[dict, dict]:
     """Everything about one run: (its part of evaluation.json, the right sound's bootstraps by measure)."""
-    clips, pictures = judged.clips, subject.clip_pictures(others)
+    clips, sounds = judged.clips, subject.audio_embeds
+    seeds = [subject.args.seed + i for i in range(len(others))]
+    # The two halves of guidance are equal for the null audio, so none gives the same for half the work.
+    pictures = {"right": subject.pictures("right", sounds, seeds),
+                "silence": subject.pictures("silence", torch.zeros_like(sounds), seeds, guidance=1.0),
+                "other": subject.pictures("other", sounds[others], seeds)}
     embeds = {sound: judged.judge.images(images) for sound, images in pictures.items()}
     seen = {sound: (images @ judged.names["en"].T).argmax(1) for sound, images in embeds.items()}
     table, right = measure_table(judged, embeds)
@@ -288,7 +280,7 @@ def evaluate(subject: Subject, judged: Judged, others: list[int], quick: bool, w
         table["mix_unheard"] = {**about(clips)["mix_unheard"], "n": len(jobs), "right": summary(*boot)}
         found["mixes"] = [{"clips": list(job), "both_found": bool(good)} for job, good in zip(jobs, both)]
     properties, boots = follow_properties(clips, pictures, others, world)
-    right |= {f"rho_{name}": boot for name, boot in boots.items()}
+    right |= boots
     if properties:
         found["properties"] = properties
     found["diversity"] = diversity(judged, subject, embeds["right"], DIVERSITY_SEEDS // (2 if quick else 1))
@@ -307,8 +299,8 @@ def warnings_of(spread: dict) -> list[str]:
     if spread:
         shares["only {:.2f} of one sound's pictures are distinct"] = spread["distinct_share"][0]
     if "distance" in spread and spread["real_distance"][0] > 0:
-        share = spread["distance"][0] / spread["real_distance"][0]
-        shares["pictures of a class lie {:.2f} times as far apart as real ones"] = share
+        shares["pictures of a class lie {:.2f} times as far apart as real ones"] = (
+            spread["distance"][0] / spread["real_distance"][0])
     return [f"mode collapse: {said.format(share)}, expected at least {MIN_DIVERSITY}"
             for said, share in shares.items() if share < MIN_DIVERSITY]
 
@@ -325,9 +317,7 @@ def compare_runs(a: dict, b: dict, found: dict) -> dict:
 
 def check_judge(judged: Judged, args: argparse.Namespace) -> dict[str, list[float]]:
     """Share of the real single-label pictures whose label the judge names, by language, which is printed.
-
-    Raises RunFailed: it is below --min-judge.
-    """
+    Raises RunFailed: it is below --min-judge."""
     n, right = len(judged.clips.single), judged.measures(judged.real)
     accuracy = {language: interval(right[f"top1_{language}"]) for language in judged.names if n}
     parts = [f"{LANGUAGES[language]} {show_interval(values)}" for language, values in accuracy.items()]
@@ -342,11 +332,9 @@ def check_judge(judged: Judged, args: argparse.Namespace) -> dict[str, list[floa
 
 def evaluate_run(args: argparse.Namespace, world) -> None:
     """Judge a run as the flags of evaluate.py say, and write evaluation.json, .md and .html into its folder.
-
     world: measures properties in pictures, as the module clap2diffusion.world.measure does.
     Raises RunFailed: the judge cannot read the real pictures.
-    Raises UserError: data, models or the run to compare with are missing.
-    """
+    Raises UserError: data, models or the run to compare with are missing."""
     subject = Subject(args.run, args)
     facts, data_root = subject.facts, find_data(args, subject.adapter_path)
     clips = Clips(data_root, args.split, args.clips, facts["image_size"])

@@ -16,9 +16,7 @@ from clap2diffusion.judging.clips import find_judge
 
 class Judge:
     """Embeddings of pictures and captions in one space, from a SigLIP folder or hub name.
-
-    Raises UserError: no such model, or one that is no fixed-size SigLIP.
-    """
+    Raises UserError: no such model, or one that is no fixed-size SigLIP."""
 
     def __init__(self, name: str | Path, device: torch.device | str = "cpu", batch_size: int = 64):
         folder = find_judge(str(name))
@@ -26,23 +24,22 @@ class Judge:
         self.model = SiglipModel.from_pretrained(folder, dtype=torch.float32).eval().to(device)
         self.processor = SiglipImageProcessorPil.from_pretrained(folder)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.length = self.model.config.text_config.max_position_embeddings
+        self.padded = {"padding": "max_length", "truncation": True, "return_tensors": "pt",
+                       "max_length": self.model.config.text_config.max_position_embeddings}
         self.device, self.batch_size = device, batch_size
 
+    @torch.inference_mode()
     def _batches(self, items: list, embed) -> np.ndarray:
         batches = (items[at:at + self.batch_size] for at in range(0, len(items), self.batch_size))
         return np.concatenate([normalize(embed(batch).pooler_output.float(), dim=-1).cpu().double().numpy()
                                for batch in batches])
 
-    @torch.inference_mode()
     def images(self, images: list) -> np.ndarray:
         """PIL pictures -> unit-length embeddings (n, D), float64."""
         return self._batches(images, lambda batch: self.model.get_image_features(
             pixel_values=self.processor(batch, return_tensors="pt")["pixel_values"].to(self.device)))
 
-    @torch.inference_mode()
     def captions(self, captions: list[str]) -> np.ndarray:
         """Captions -> unit-length embeddings (m, D), float64. SigLIP learned from captions of full length."""
-        padding = {"padding": "max_length", "max_length": self.length, "truncation": True}
         return self._batches(captions, lambda batch: self.model.get_text_features(
-            input_ids=self.tokenizer(batch, return_tensors="pt", **padding)["input_ids"].to(self.device)))
+            input_ids=self.tokenizer(batch, **self.padded)["input_ids"].to(self.device)))

@@ -1,8 +1,7 @@
 """The measures of an evaluation: ranks, win rate, CMMD, diversity, rank correlation, comparison of two runs.
 
 Everything is float64 NumPy and knows nothing of models or files. A similarity (n, m) holds the cosines of n
-pictures with m references, all embeddings of unit length.
-"""
+pictures with m references, all embeddings of unit length."""
 
 import math
 
@@ -20,9 +19,7 @@ def ranks_of_truth(similarity: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 def win_rates(similarity: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """For each picture the share (n,) of the other references that the true one beats; a tie counts half.
-
-    This is the win rate of SonicDiffusion's AIS and IIS (Biner et al. 2024, arXiv 2405.00878). Chance is 0.5.
-    """
+    The win rate of SonicDiffusion's AIS and IIS (Biner et al. 2024, arXiv 2405.00878). Chance is 0.5."""
     true = similarity[np.arange(len(truth)), truth][:, None]
     better = (similarity < true).sum(1) + 0.5 * ((similarity == true).sum(1) - 1)
     return better / (similarity.shape[1] - 1)
@@ -36,12 +33,10 @@ def both_found(similarity: np.ndarray, truth: list[set[int]]) -> np.ndarray:
 
 def cmmd(x: np.ndarray, y: np.ndarray, sigma: float = 10.0) -> tuple[float, np.ndarray]:
     """Squared maximum mean discrepancy of embeddings x (n, D) and y (m, D), and its resampled values.
-
     CMMD (Jayasumana et al. 2024, arXiv 2401.09603, eq. 4): Gaussian kernel of sigma 10 on unit-length
     embeddings, times 1000. It is unbiased, so small n may be compared, and equal distributions can give a
     little less than 0. A resample weighs each item by how often it was drawn. It leaves out an item's pair
-    with itself, because copies would count as likeness.
-    """
+    with itself, because copies would count as likeness."""
     def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         squares = (x ** 2).sum(1)[:, None] + (y ** 2).sum(1)[None] - 2 * x @ y.T
         return np.exp(-np.maximum(squares, 0) / (2 * sigma ** 2))
@@ -63,8 +58,7 @@ def cmmd(x: np.ndarray, y: np.ndarray, sigma: float = 10.0) -> tuple[float, np.n
 
 def pairwise_distance(x: np.ndarray) -> float:
     """Mean cosine distance between the distinct pairs of unit-length embeddings (n, D)."""
-    upper = np.triu_indices(len(x), 1)
-    return float((1 - x @ x.T)[upper].mean())
+    return float((1 - x @ x.T)[np.triu_indices(len(x), 1)].mean())
 
 
 def distinct_share(pictures: np.ndarray, tolerance: float = 0.02) -> float:
@@ -77,10 +71,8 @@ def distinct_share(pictures: np.ndarray, tolerance: float = 0.02) -> float:
 
 
 def spearman(pairs: np.ndarray) -> np.ndarray:
-    """Spearman's rank correlation of the two columns: pairs (..., n, 2) -> (...).
-
-    It is 0 where a column is constant, for a constant follows nothing (scipy.stats.spearmanr gives nan).
-    """
+    """Spearman's rank correlation of the two columns: pairs (..., n, 2) -> (...). It is 0 where a column is
+    constant, for a constant follows nothing (scipy.stats.spearmanr gives nan)."""
     ranks = rankdata(pairs, axis=-2)
     a, b = np.moveaxis(ranks - ranks.mean(-2, keepdims=True), -1, 0)
     norm = np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
@@ -96,15 +88,12 @@ def bootstrap_spearman(pairs: np.ndarray) -> tuple[float, np.ndarray]:
 def compare(a: tuple[float, np.ndarray], b: tuple[float, np.ndarray], n: int,
             higher_is_better: bool = True) -> dict:
     """The difference a - b of two bootstraps over the same n clips: interval, verdict, n that would show it.
-
     Both were resampled alike, so the differences of their draws are those of the paired bootstrap. n_needed
-    is the number of clips at which a difference of this size has 80 % power in a two-sided 5 % test:
-    n (1.96 + 0.84)^2 (standard error / difference)^2, a normal approximation, and None for a difference of 0.
-    """
+    is the number of clips at which a difference of this size has 80 % power in a two-sided 5 % test: n (1.96
+    + 0.84)^2 (standard error / difference)^2, a normal approximation, and None for a difference of 0."""
     draws = a[1] - b[1]
     value, low, high = summary(a[0] - b[0], draws)
-    verdict = "no difference shown at this n"
-    if low > 0 or high < 0:
-        verdict = "A better" if (low > 0) == higher_is_better else "B better"
+    better = "A better" if (low > 0) == higher_is_better else "B better"
+    verdict = better if low > 0 or high < 0 else "no difference shown at this n"
     needed = math.ceil(n * ((1.959964 + 0.841621) * float(np.std(draws)) / value) ** 2) if value else None
     return {"difference": [value, low, high], "n": n, "verdict": verdict, "n_needed": needed}

@@ -2,8 +2,8 @@
 
 Everything is inside the file: sounds and pictures as data URIs, plots as SVG. Its own policy forbids the
 browser to load anything else, so it reads the same from a disk, from a mail or without a network. It needs no
-JavaScript. The markup, the texts and the style are in page.html.j2.
-"""
+JavaScript. The markup, the texts and the style are in page.html.j2. The templates of the Markdown files,
+evaluation.md.j2 and report.md.j2, share the words that are here."""
 
 import base64
 import io
@@ -13,15 +13,18 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import soundfile
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from clap2diffusion.base.statistics import show_interval
 from clap2diffusion.dataset.decoding import BadFile, load_picture, load_waveform, open_image
 from clap2diffusion.judging.clips import pick_clips
-from clap2diffusion.judging.tables import SOUNDS, TEMPLATES
 from clap2diffusion.pictures.sheets import png_bytes, spectrogram
 
+SOUNDS = {"right": "right sound", "silence": "silence", "other": "another's sound"}
+LANGUAGES = {"en": "English", "ko": "Korean"}
 SHEET_CLIPS = 30
 SOUND_RATE, SOUND_S = 24_000, 10.0
 PICTURE_SIDE, SMALL_SIDE = 224, 128  # larger pictures are made smaller; small ones keep their pixels
@@ -34,10 +37,15 @@ PAGE_COLOURS = {INK: "currentColor", GRID: "var(--line)", **{LINES[key]: f"var(-
 @matplotlib.rc_context(fname=Path(__file__).with_name("page.mplstyle"))
 def render(e: dict) -> str:
     """The page of an evaluation (the dict of evaluation.json). A missing picture or sound leaves a note."""
-    return TEMPLATES.get_template("page.html.j2").render(
-        e=e, shown=pick_clips([clip["label"] for clip in e["clips"]], SHEET_CLIPS), MAX_MATRIX=MAX_MATRIX,
-        words=words, verdict=verdict, file_name=lambda path: Path(path).name, picture=picture, sound=sound,
-        property_plot=property_plot, sweep_plot=sweep_plot, loss_plot=loss_plot).lstrip()
+    shown = pick_clips([clip["label"] for clip in e["clips"]], SHEET_CLIPS)
+    return TEMPLATES.get_template("page.html.j2").render(e=e, shown=shown).lstrip()
+
+
+def confused(classes: list[str], counts: list[list[int]]) -> list[tuple[int, str, str]]:
+    """(count, class, class seen in its place) of a confusion matrix, the commonest first."""
+    found = [(count, classes[i], classes[j]) for i, row in enumerate(counts) for j, count in enumerate(row)
+             if i != j and count]
+    return sorted(found, key=lambda entry: -entry[0])
 
 
 def words(label: str) -> str:
@@ -56,10 +64,8 @@ def data_uri(kind: str, content: bytes) -> str:
 
 
 def picture(path: str | Path) -> dict[str, str]:
-    """The data URI `src` of the middle square, which the models see, or the `reason` why there is none.
-
-    Of a small picture it has every pixel; a large one becomes a JPEG.
-    """
+    """The data URI `src` of the middle square, which the models see, or the `reason` why there is none. Of a
+    small picture it has every pixel; a large one becomes a JPEG."""
     try:
         with open_image(Path(path)) as image:
             side = min(*image.size, PICTURE_SIDE)
@@ -92,17 +98,16 @@ def svg_of(axes: Axes, title: str) -> Markup:
         axes.figure.legend(loc="outside lower center", ncols=2)
     axes.figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None})
     svg = content.getvalue()
-    view = re.search(r'viewBox="[^"]*"', svg)[0]
-    body = svg[svg.index(">", svg.index("<svg")) + 1:]
-    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", body, flags=re.DOTALL)
-    body = re.sub(r'<g id="[^"]*"', "<g", body)  # figure_1 and so on: the same in every plot, used by none
+    view, body = re.search(r'<svg[^>]*(viewBox="[^"]*")[^>]*>(.*)', svg, re.DOTALL).groups()
+    # also the names figure_1 and so on: the same in every plot, used by none
+    body = re.sub(r'<metadata>.*?</metadata>|<style.*?</style>|(?<=<g) id="[^"]*"', "", body, flags=re.DOTALL)
     for colour, page_colour in PAGE_COLOURS.items():
         body = body.replace(colour, page_colour)
     head = Markup('<svg {} role="img" aria-label="{}" stroke-linejoin="round">').format(Markup(view), title)
     return head + Markup(body)
 
 
-def band(axes, x: list, values: list, low: list, high: list, line: str, alpha: float, **style) -> None:
+def band(axes: Axes, x: list, values: list, low: list, high: list, line: str, alpha: float, **style) -> None:
     """A curve with its interval."""
     axes.plot(x, values, color=LINES[line], marker="o", **style)
     axes.fill_between(x, low, high, color=LINES[line], alpha=alpha, linewidth=0)
@@ -144,3 +149,13 @@ def loss_plot(log: list[dict], title: str) -> Markup:
             label = f"validation, {SOUNDS[kind]}"
             band(axes, *zip(*rows), kind, 0.08, linestyle=style, markersize=3, label=label)
     return svg_of(axes, title)
+
+
+TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined,
+                        autoescape=lambda name: name.endswith(".html.j2"), trim_blocks=True,
+                        lstrip_blocks=True, keep_trailing_newline=True)
+TEMPLATES.filters["interval"] = show_interval
+TEMPLATES.globals |= {
+    "SOUNDS": SOUNDS, "LANGUAGES": LANGUAGES, "MAX_MATRIX": MAX_MATRIX, "confused": confused, "words": words,
+    "verdict": verdict, "picture": picture, "sound": sound, "file_name": lambda path: Path(path).name,
+    "property_plot": property_plot, "sweep_plot": sweep_plot, "loss_plot": loss_plot, "zip": zip}

@@ -2,8 +2,7 @@
 
 The contact sheet has one column for each held-out sound: its spectrogram with its name, the true scene, the
 picture after each stage, and the picture of silence. All pictures of a column begin with the same noise and
-have no text prompt.
-"""
+have no text prompt."""
 
 import argparse
 import hashlib
@@ -25,11 +24,11 @@ from clap2diffusion.base.hub import BASE_PARTS, resolve_model
 from clap2diffusion.dataset.decoding import load_waveform
 from clap2diffusion.dataset.manifest import read_manifest
 from clap2diffusion.judging.clips import STAGES, pick_clips, read_results, readable
-from clap2diffusion.judging.tables import TEMPLATES
+from clap2diffusion.judging.page import TEMPLATES
+from clap2diffusion.pictures.generation import embed, load_clap
 from clap2diffusion.pictures.inputs import adapter_facts, find_adapter
 from clap2diffusion.pictures.pipelines import load_stock_pipeline, pictures
 from clap2diffusion.pictures.sheets import contact_sheet, spectrogram, write_png
-from clap2diffusion.pictures.sound_algebra import embed, load_clap
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "numpy")
 SHEET_FLAGS = ("columns", "guidance", "steps", "seed", "data_root", "base_model", "clap_model")
@@ -38,9 +37,7 @@ FILES = ("samples.png", "adapter.safetensors", "report.md", "report.json")
 
 def make_sheet(run: Path, settings: dict, args: argparse.Namespace) -> Image.Image:
     """Generate the pictures of the contact sheet with the stock pipeline, stage by stage.
-
-    Raises UserError: the data or a model is missing, or no held-out clip can be used.
-    """
+    Raises UserError: the data or a model is missing, or no held-out clip can be used."""
     data_root, size = args.data_root or settings["data_root"], settings["image_size"]
     rows, _ = read_manifest(data_root)
     rows = [row for row in rows if row.split == "test"] or [row for row in rows if row.split == "val"]
@@ -70,15 +67,15 @@ def make_sheet(run: Path, settings: dict, args: argparse.Namespace) -> Image.Ima
 
 
 def git_commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        found = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-                               capture_output=True, text=True, cwd=Path(__file__).parent, check=True)
-        return found.stdout.strip()
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True,
+                                       cwd=Path(__file__).parent).strip()
     except (OSError, subprocess.CalledProcessError):
         return "not a git checkout"
 
 
-def make_report(run: Path) -> dict:
+def make_report(run: Path, args: argparse.Namespace) -> dict:
     """The report's content from the stages' result.json files. Raises UserError: a stage is not finished."""
     results = read_results(run)
     settings = {stage: read_json(run / stage / "config.json") for stage in STAGES}
@@ -95,39 +92,34 @@ def make_report(run: Path) -> dict:
         "stock_difference": each("stock_difference"), "peak_memory_mb": each("peak_memory_mb"),
         "seeds": {stage: settings[stage]["seed"] for stage in STAGES}, "settings": settings,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-        "git_commit": git_commit()}
+        "git_commit": git_commit(), "made_from": {
+            "results": {stage: hashlib.sha256((run / stage / "result.json").read_bytes()).hexdigest()
+                        for stage in STAGES},
+            "sheet": {name: getattr(args, name) for name in SHEET_FLAGS}}}
 
 
 def training_curves(run: Path) -> dict[str, dict]:
     """What the stages logged and measured: {stage: {"log": [...], "sweep_before": ..., ...}}.
-
-    A stage that was killed and went on wrote some steps twice; the last line of a step counts.
-    """
+    A stage that was killed and went on wrote some steps twice; the last line of a step counts."""
     found, keys = {}, ("sweep_before", "sweep_after", "tanh_gate", "window")
-    for log in (run / stage / "log.jsonl" for stage in STAGES):
+    for stage in STAGES:
+        log, ended = run / stage / "log.jsonl", run / stage / "result.json"
         if log.exists():
             steps: dict[int, dict] = defaultdict(dict)
             for line in log.read_text(encoding="utf-8").splitlines():
                 with suppress(ValueError):  # the last line of a killed run
                     entry = json.loads(line)
                     steps[entry["step"]].update(entry)
-            ended = log.with_name("result.json")
             result = read_json(ended) if ended.exists() else {}
-            found[log.parent.name] = {"log": [steps[step] for step in sorted(steps)],
-                                      **{key: result[key] for key in keys if key in result}}
+            found[stage] = {"log": [steps[step] for step in sorted(steps)],
+                            **{key: result[key] for key in keys if key in result}}
     return found
 
 
 def write_report(run: Path, args: argparse.Namespace) -> None:
     """Write sheet, adapter and report of a finished run, unless they are there, made from the same.
-
-    Raises UserError: a stage is not finished, or the data or a model is missing.
-    """
-    report = make_report(run)
-    report["made_from"] = {
-        "results": {stage: hashlib.sha256((run / stage / "result.json").read_bytes()).hexdigest()
-                    for stage in STAGES},
-        "sheet": {name: getattr(args, name) for name in SHEET_FLAGS}}
+    Raises UserError: a stage is not finished, or the data or a model is missing."""
+    report = make_report(run, args)
     sheet_path, adapter_path, text_path, json_path = (run / name for name in FILES)
     with suppress(UserError, KeyError):  # damaged, or from before reports said what they were made from
         there = all((run / name).exists() for name in FILES)

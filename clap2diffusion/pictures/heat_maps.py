@@ -4,15 +4,13 @@
         images = pictures(pipe, audio_embeds, ...)
     maps = recorder.maps(16)  # of each picture, N audio tokens: {"total": (N, 16, 16), "all": (16, 16), ...}
 
-Both kinds of map are means over the sampling steps, of the rows with text and sound alone:
-total   The attention probabilities of each audio token, mean over heads and layers (as in Prompt-to-Prompt,
-        Hertz et al. 2022). At every place they sum to 1 over the tokens. They show which token a place looked
-        at, not how much the sound counted there.
-all     How much the sound counted. A layer adds scale * (to_out(attend(q, sound)) - to_out(attend(q, null
-        audio))) to its features. Its mean over the places says nothing about where, so it is subtracted, and
-        the length of what remains is the map, divided by its mean. `all` leaves out the smallest layers: on
-        the default a 4 x 4 layer's map stands on the drawn object no more often than chance (AUC 0.53), an
-        8 x 8 layer's does (0.90).
+Both kinds of map are means over the sampling steps, of the rows with text and sound alone.
+total: the attention probabilities of each audio token, mean over heads and layers (as in Prompt-to-Prompt,
+Hertz et al. 2022). At every place they sum to 1: which token a place looked at, not how much sound counted.
+all: how much the sound counted. A layer adds scale * (to_out(attend(q, sound)) - to_out(attend(q, null
+audio))) to its features. Its mean over the places says nothing about where, so it is subtracted, and the
+length of what remains is the map, divided by its mean. `all` leaves out the smallest layers: on the default a
+4 x 4 layer's map stands on the drawn object as often as by chance (AUC 0.53), an 8 x 8 layer's does (0.90).
 """
 
 import math
@@ -32,17 +30,14 @@ class Recorder:
     def __init__(self, unet: nn.Module, audio_embeds: Tensor):
         self.pictures = len(audio_embeds)
         self.heard = audio_embeds.any(1).to(unet.device)  # a silent clip's action is rounding alone
-        self.tokens, self.action = {}, {}
-        self.calls = 0  # of one layer, so that sums become means
+        self.tokens, self.action, self.calls = {}, {}, 0  # calls of one layer, so that sums become means
         silence = torch.zeros_like(audio_embeds[:1, None]).to(unet.device, unet.dtype)
         with torch.no_grad():
             self.null_tokens = unet.encoder_hid_proj([silence])[0][:, 0]  # (1, N, D)
 
     def watch(self, name: str, attn: nn.Module, hidden_states: Tensor, audio_tokens: Tensor) -> None:
         """Add one call of a cross-attention. hidden_states (rows, Q, channels), audio_tokens (rows, N, D).
-
-        A pipeline calls with B, 2 B or 3 B rows; those with text and sound are the last B.
-        """
+        A pipeline calls with B, 2 B or 3 B rows; those with text and sound are the last B."""
         def heads(x: Tensor) -> Tensor:  # (B, T, channels) -> (B, heads, T, head_dim)
             return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
 
@@ -62,10 +57,8 @@ class Recorder:
 
     def maps(self, size: int) -> list[dict[str, np.ndarray]]:
         """Each picture's total (N, size, size), all (size, size), res_HxW (N, h, w), all_HxW (h, w), float32.
-
         h x w are the sizes at which layers attend; `total` and `all` enlarge smaller ones bilinearly. `all`
-        has mean 1, or is 0 where the sound did not act at all (a silent clip, a scale of 0).
-        """
+        has mean 1, or is 0 where the sound did not act at all (a silent clip, a scale of 0)."""
         def enlarged(layers: list[Tensor]) -> Tensor:  # (B, channels, h, w) each -> (B, channels, size, size)
             return torch.stack([F.interpolate(x, (size, size), mode="bilinear") for x in layers]).mean(0)
 
@@ -82,10 +75,8 @@ class Recorder:
 
 @contextmanager
 def record(unet: nn.Module, audio_embeds: Tensor):
-    """Watch the audio branch of a UNet with a loaded adapter; yields the Recorder of a batch (B, E).
-
-    Forward hooks compute beside the UNet's own attention and return nothing, so no bit of a picture changes.
-    """
+    """Watch the audio branch of a UNet with a loaded adapter; yields the Recorder of a batch (B, E). Forward
+    hooks compute beside the UNet's own attention and return nothing, so no bit of a picture changes."""
     recorder = Recorder(unet, audio_embeds)
 
     def after(name: str, attn, args, kwargs, output) -> None:
@@ -102,9 +93,7 @@ def record(unet: nn.Module, audio_embeds: Tensor):
 
 def overlays(image: Image.Image, maps: dict[str, np.ndarray]) -> tuple[list[Image.Image], list[str]]:
     """The picture (PIL), then the same in gray under the heat of `all` and of each token; a label for each.
-
-    Black to white is the range from a map's lowest to its highest value. The label names both.
-    """
+    Black to white is the range from a map's lowest to its highest value. The label names both."""
     side = max(128, image.width)  # pixels
     whole, gray = (image.convert(c).resize((side, side), Image.Resampling.BICUBIC) for c in ("RGB", "L"))
     images, labels, gray = [whole], ["picture"], np.asarray(gray, dtype=np.float32)[..., None]

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from clap2diffusion.base import files, hub
 from clap2diffusion.base.exits import UserError
-from clap2diffusion.base.files import read_json
-from clap2diffusion.base.hub import BASE_PARTS, resolve_model
 from clap2diffusion.base.tensor_file import digest
 from clap2diffusion.dataset.decoding import BadFile, load_image, open_audio
 
@@ -18,9 +17,8 @@ from clap2diffusion.dataset.decoding import BadFile, load_image, open_audio
 def find_adapter(run: str) -> Path:
     """The adapter file of a run (its last finished stage's), of a stage, or itself. Raises UserError."""
     path = Path(run)
-    stages = [path / stage for stage in ("stage3", "stage2", "stage1")]
-    folders = [*(stage for stage in stages if (stage / "result.json").exists()), path]
-    for found in [path, *(folder / "adapter.safetensors" for folder in folders)]:
+    ended = [path / s for s in ("stage3", "stage2", "stage1") if (path / s / "result.json").exists()]
+    for found in [path, *(folder / "adapter.safetensors" for folder in [*ended, path])]:
         if found.is_file():
             return found
     raise UserError(f"{run}: holds no adapter.safetensors; expected a run folder with a finished stage, so "
@@ -29,9 +27,7 @@ def find_adapter(run: str) -> Path:
 
 def adapter_facts(path: Path) -> dict:
     """An adapter file's metadata: stage, base_model, clap_model, fingerprints, dims, image_size, tanh_gate.
-
-    Raises UserError: it is no adapter of ours, or its content has changed since it was written.
-    """
+    Raises UserError: it is no adapter of ours, or its content has changed since it was written."""
     try:
         with safe_open(path, framework="np") as file:
             facts = json.loads((file.metadata() or {})["clap2diffusion"])
@@ -47,9 +43,7 @@ def adapter_facts(path: Path) -> dict:
 
 def scale_of_gate(gate: float, facts: dict, adapter_path: Path) -> float:
     """The IP-Adapter scale that turns the learned tanh(gate), which is folded into V, into `gate`.
-
-    Raises UserError: the learned one is 0, so there is nothing to scale.
-    """
+    Raises UserError: the learned one is 0, so there is nothing to scale."""
     if abs(facts["tanh_gate"]) < 1e-6:
         raise UserError(f"--gate {gate:g}: the learned gate of {adapter_path} is 0 and was folded into the "
                         "file, so no other one can be set; give an adapter with an open gate")
@@ -57,12 +51,9 @@ def scale_of_gate(gate: float, facts: dict, adapter_path: Path) -> float:
 
 
 def check_request(args: argparse.Namespace, most_pictures: int) -> argparse.Namespace:
-    """Look at --out, the sounds, the adapter, --init-image and the base model, in this order.
-
-    Returns the paths `out`, `adapter_path` and `base`, the adapter's `facts`, `audio_scale`, `size` in pixels
-    and `init_image` (3, size, size) in [-1, 1] or None.
-    Raises UserError: the first that is missing or cannot be used, or a storyboard above most_pictures.
-    """
+    """Look at --out, the sounds, the adapter, --init-image and the base model, in this order. Returns paths,
+    the adapter's facts, the audio scale, `size` in pixels, `init_image` (3, size, size) in [-1, 1] or None.
+    Raises UserError: the first that is missing or cannot be used, or a storyboard above most_pictures."""
     out = Path(args.out)
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out}: expected a name that ends in .png")
@@ -70,33 +61,27 @@ def check_request(args: argparse.Namespace, most_pictures: int) -> argparse.Name
         raise UserError(f"--out {out}: is a folder; expected the name of a PNG file")
     if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
         raise UserError(f"--out {out}: {out.parent} is not a folder that can be written to; make it first")
-    check_sounds(args, most_pictures)
-    path = find_adapter(args.run)
-    facts = adapter_facts(path)
-    scale = args.audio_scale if args.gate is None else scale_of_gate(args.gate, facts, path)
-    size = args.size or facts["image_size"]
-    with usable(f"--init-image {args.init_image}", "picture"):
-        init_image = load_image(args.init_image, size) if args.init_image else None
-    base = resolve_model(args.base_model or facts["base_model"], "base model", BASE_PARTS)
-    width, expected = read_json(base / "unet/config.json").get("cross_attention_dim"), facts["dims"]["width"]
-    if width != expected:
-        raise UserError(f"{base}: its cross-attention is {width} wide, {path} expects {expected}; give a "
-                        "base model of the kind it was trained with")
-    return argparse.Namespace(out=out, adapter_path=path, facts=facts, audio_scale=scale, size=size,
-                              init_image=init_image, base=base)
-
-
-def check_sounds(args: argparse.Namespace, most_pictures: int) -> None:
-    """Open every sound's header. Raises UserError."""
-    files = [("--negative-audio", args.negative_audio)] if args.negative_audio else []
-    files += [("--audio", path) for path in args.audio]
-    for flag, path in files:
+    sounds = [("--negative-audio", args.negative_audio)] if args.negative_audio else []
+    for flag, path in sounds + [("--audio", path) for path in args.audio]:
         if not Path(path).is_file():
             raise UserError(f"{flag} {path}: is not a file; expected a sound file")
         duration_s = sound_duration(path)
     if args.every and duration_s / args.every > most_pictures:
         raise UserError(f"--every {args.every:g}: {path} is {duration_s:.0f} s long, which makes more than "
                         f"{most_pictures} pictures; raise it")
+    path = find_adapter(args.run)
+    facts = adapter_facts(path)
+    scale = args.audio_scale if args.gate is None else scale_of_gate(args.gate, facts, path)
+    size = args.size or facts["image_size"]
+    with usable(f"--init-image {args.init_image}", "picture"):
+        init_image = load_image(args.init_image, size) if args.init_image else None
+    base = hub.resolve_model(args.base_model or facts["base_model"], "base model", hub.BASE_PARTS)
+    width = files.read_json(base / "unet/config.json").get("cross_attention_dim")
+    if width != facts["dims"]["width"]:
+        raise UserError(f"{base}: its cross-attention is {width} wide, {path} expects "
+                        f"{facts['dims']['width']}; give a base model of the kind it was trained with")
+    return argparse.Namespace(out=out, adapter_path=path, facts=facts, audio_scale=scale, size=size,
+                              init_image=init_image, base=base)
 
 
 def sound_duration(path: str) -> float:

@@ -1,25 +1,33 @@
-"""Pictures from sounds by diffusers' own pipelines, with the exported adapter file loaded into them."""
+"""Stock diffusers: the adapter file that it loads, the proof that it does, and pictures from sounds by it.
 
+The file has diffusers' IP-Adapter FaceID layout, so every SD 1.5 pipeline takes it. `image_proj.` holds the
+projection, `ip_adapter.` the audio K and V (odd numbers, in the order of the UNet's attention processors) and
+the LoRA (all numbers)."""
+
+import json
+import math
 from contextlib import contextmanager
 from pathlib import Path
 
 import diffusers  # a pipeline takes seconds to import: each is named where it is used
 import numpy as np
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from clap2diffusion.base import files, tensor_file
 from clap2diffusion.base.device import DTYPES, quiet_libraries
+from clap2diffusion.base.exits import RunFailed
 from clap2diffusion.base.settings import GUIDANCE, SCHEDULERS
 from clap2diffusion.pictures.sheets import tile
+
+MOST_DIFFERENCE = 1e-4  # of stock diffusers' prediction from ours
 
 
 def load_stock_pipeline(base_dir: Path, adapter_path: Path, device: str = "cpu", dtype=torch.float32,
                         scheduler: str = "base", **parts):
-    """diffusers' StableDiffusionPipeline with the exported file loaded; `parts` replace its own.
-
-    scheduler: the base model's own, or one of SCHEDULERS for few steps (DPM-Solver++, Lu et al. 2022; UniPC,
-    Zhao et al. 2023), on the base model's noise schedule.
-    """
+    """diffusers' StableDiffusionPipeline with the exported file; `parts` replace its own. SCHEDULERS for few
+    steps (DPM-Solver++, Lu et al. 2022; UniPC, Zhao et al. 2023) keep the base model's noise schedule."""
     quiet_libraries()
     parts = {"safety_checker": None, "requires_safety_checker": False, "feature_extractor": None, **parts}
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(base_dir, dtype=dtype, **parts)
@@ -31,20 +39,74 @@ def load_stock_pipeline(base_dir: Path, adapter_path: Path, device: str = "cpu",
     return pipe.to(device)
 
 
+def stock_layout(weights: dict[str, nn.Module], unet: nn.Module) -> dict[str, Tensor]:
+    """The adapter as diffusers' tensors, with sqrt(E), tanh(gate) and LoRA's alpha / rank folded in."""
+    audio_proj, audio_attn = weights["audio_proj"], weights["audio_attn"]
+    tensors = {f"image_proj.{key}": weight for key, weight in audio_proj.state_dict().items()}
+    tensors["image_proj.proj.0.weight"] = audio_proj.proj[0].weight * math.sqrt(audio_proj.input_dim)
+    for i, (to_k, to_v) in enumerate(zip(audio_attn.to_k, audio_attn.to_v)):
+        tensors[f"ip_adapter.{2 * i + 1}.to_k_ip.weight"] = to_k.weight
+        tensors[f"ip_adapter.{2 * i + 1}.to_v_ip.weight"] = to_v.weight * torch.tanh(audio_attn.gate)
+    for i, name in enumerate(unet.attn_processors):
+        attn = unet.get_submodule(name.removesuffix(".processor"))
+        layers = {"to_q": attn.to_q, "to_k": attn.to_k, "to_v": attn.to_v, "to_out": attn.to_out[0]}
+        for key, layer in layers.items():
+            if hasattr(layer, "lora_A"):
+                up = layer.lora_B["lora"].weight * layer.scaling["lora"]
+                tensors[f"ip_adapter.{i}.{key}_lora.down.weight"] = layer.lora_A["lora"].weight
+                tensors[f"ip_adapter.{i}.{key}_lora.up.weight"] = up
+    return {key: weight.detach().float().cpu().contiguous() for key, weight in tensors.items()}
+
+
+def write_adapter(path: Path, weights: dict[str, nn.Module], unet: nn.Module, header: dict) -> None:
+    """Write the file that stock diffusers loads. Its metadata are adapter_facts() and their SHA-256."""
+    named = ("stage", "step", "base_model", "clap_model", "fingerprints", "dims")
+    facts = {**{key: header[key] for key in named}, "image_size": header["settings"]["image_size"],
+             "tanh_gate": float(torch.tanh(weights["audio_attn"].gate.detach()))}
+    tensors = stock_layout(weights, unet)
+    # as NumPy arrays, which is how adapter_facts() reads them: a digest names the type
+    facts["sha256"] = tensor_file.digest(facts, {name: tensor.numpy() for name, tensor in tensors.items()})
+    files.write_atomic(path, save(tensors, {"clap2diffusion": json.dumps(facts)}))
+
+
+@torch.inference_mode()
+def check_export(adapter_path: Path, base_dir: Path, weights: dict[str, nn.Module], unet: nn.Module,
+                 batch: dict[str, Tensor]) -> float:
+    """The largest difference of a stock pipeline's prediction from our own, on the CPU in float32, relative
+    to the largest predicted value if that is above 1; RunFailed above MOST_DIFFERENCE. The modules stay
+    there. batch: noisy_latents (B, C, h, w), timesteps (B,), text_tokens (B, L, D), audio_embeds (B, E)."""
+    pipe = load_stock_pipeline(base_dir, adapter_path, vae=None, text_encoder=None, tokenizer=None)
+    if next(unet.parameters()).dtype != torch.float32:  # held in fewer bits; its LoRA stays as trained
+        for name, module in list(unet.named_modules()):
+            if hasattr(module, "quant_state"):  # bitsandbytes' 4-bit layer
+                unet.set_submodule(name, pipe.unet.get_submodule(name))
+        whole = dict(pipe.unet.named_parameters())
+        for name, p in unet.named_parameters():
+            p.data = p.data.float() if ".lora_" in name else whole[name].data.clone()
+    for module in (weights["audio_proj"], weights["audio_attn"], unet.eval()):
+        module.cpu()
+    latents, timesteps, text_tokens, audio_embeds = (
+        batch[key].cpu() for key in ("noisy_latents", "timesteps", "text_tokens", "audio_embeds"))
+    with torch.compiler.set_stance("force_eager"):  # a compiled UNet would compile anew for this batch
+        ours = unet(latents, timesteps, (text_tokens, weights["audio_proj"](audio_embeds))).sample
+    stock = pipe.unet(latents, timesteps, text_tokens,
+                      added_cond_kwargs={"image_embeds": [audio_embeds[:, None]]}).sample
+    difference = float((ours - stock).abs().max() / max(1.0, float(ours.abs().max())))
+    if not difference <= MOST_DIFFERENCE:
+        raise RunFailed(f"{adapter_path}: stock diffusers' prediction differs from ours by {difference:.2e}, "
+                        f"expected at most {MOST_DIFFERENCE:g}; keep the file and report it")
+    return difference
+
+
 @contextmanager
 def listening(unet: nn.Module, audio_embeds: Tensor, guided: bool, negative_embeds: Tensor | None = None,
               guidance_pair: tuple[float, float] | None = None):
     """Inside, row i of the batch that a pipeline gives its UNet hears audio_embeds[i] of (B, E).
-
-    diffusers expects one image for a batch and repeats `ip_adapter_image_embeds` for each picture, so each
-    would attend to every sound. Hooks on the UNet put each sound where it belongs.
-
-    guided: the pipeline calls with the rows [no text, text]. The first half then hears negative_embeds
-    (1 or B, E), or the null audio if that is None.
+    By hooks: diffusers repeats `ip_adapter_image_embeds`, so each picture would attend to every sound.
+    guided: the rows are [no text, text]; the first half hears negative_embeds (1 or B, E) or the null audio.
     guidance_pair (T, A): the rows become [no text and no audio, text alone, text and audio]. Both halves of
     the answer are no + T * (text - no) + A * (both - text) (InstructPix2Pix, Brooks et al. 2023, eq. 3), so
-    the pipeline's own guidance, no + g * (text - no), changes nothing.
-    """
+    the pipeline's own guidance, no + g * (text - no), changes nothing."""
     sounds = audio_embeds[:, None].to(unet.device, unet.dtype)  # (B, 1, E)
     negative = torch.zeros_like(sounds) if negative_embeds is None else negative_embeds[:, None].to(sounds)
     embeds = torch.cat([negative.expand_as(sounds)] * (2 if guidance_pair else int(guided)) + [sounds])
@@ -72,11 +134,9 @@ def pictures(pipe, audio_embeds: Tensor, prompts: list[str], guidance: float, st
              guidance_pair: tuple[float, float] | None = None, init_image: np.ndarray | None = None,
              strength: float = 0.6) -> list:
     """Pictures (PIL) from audio_embeds (B, E), one a sound, by the stock pipeline. Zeros are the null audio.
-
     negative_embeds (1 or B, E): what the unconditional half hears instead of the null audio.
     guidance_pair (T, A): guidance of text and of sound apart, instead of `guidance`; see listening().
-    init_image (3, size, size) in [-1, 1]: begin with it, noised by `strength`, image to image.
-    """
+    init_image (3, size, size) in [-1, 1]: begin with it, noised by `strength`, image to image."""
     pipe.set_ip_adapter_scale(audio_scale)
     call = {"guidance_scale": 2.0 if guidance_pair else guidance, "num_inference_steps": steps,
             "generator": [torch.Generator().manual_seed(seed) for seed in seeds]}

@@ -61,9 +61,7 @@ def contact_sheet(columns: list[list], names: list[str], row_names: list[str]) -
 
 def spectrogram(waveform: np.ndarray, sampling_rate: int) -> Image.Image:
     """A sound (samples,) in gray, 256 x 48: time to the right, pitch upwards, white to black over 70 dB.
-
-    The rows go from 47 Hz to 12 kHz in equal ratios, whatever the sampling rate.
-    """
+    The rows go from 47 Hz to 12 kHz in equal ratios, whatever the sampling rate."""
     n_fft = round(sampling_rate * 1024 / 24_000)  # 43 ms, so a bin is 23.4 Hz wide
     padded = np.pad(waveform, n_fft // 2)
     starts = np.linspace(0, len(padded) - n_fft, 256).astype(int)

@@ -6,8 +6,7 @@ Analysis by synthesis. The sky is the density whose background fits most pixels.
 (the world's own drawing at 1 to 5 marks and 20 widths) and the place that lower the squared error of that
 background most; a correlation by FFT tries all places of a template at once. The class must be known.
 
-Judging takes this module as its `world`: CLASSES, PROPERTIES, measure, set_in_sound, is_low, is_high.
-"""
+Judging takes this module as its `world`: CLASSES, PROPERTIES, LOW_PITCH, HIGH_PITCH and measure."""
 
 from functools import cache
 from itertools import product
@@ -18,32 +17,13 @@ from PIL import Image
 from clap2diffusion.world import sound_world
 
 CLASSES, SIDE = sound_world.CLASSES, sound_world.IMAGE_SIZE
-PROPERTIES = (*sound_world.SOURCE_PROPERTIES, "density")
+LOW_PITCH, HIGH_PITCH = sound_world.LOW_PITCH, sound_world.HIGH_PITCH
+PROPERTIES = ("loudness", "pitch", "rate", "density")
 LOW, HIGH = sound_world.SINGLE_WIDTHS
-WIDTHS = np.linspace(LOW - 2, HIGH + 2, 20)
+WIDTHS = np.linspace(LOW - 2, HIGH + 2, 20).tolist()
 OUTLIER = 0.02  # squared colour distance, of [0, 1] channels, above which a pixel is not background
-
-
-def set_in_sound(properties: dict, name: str) -> float:
-    """What a property of a single sound was set to, from its row's `properties` in the manifest."""
-    return properties["density"] if name == "density" else properties["sources"][0][name]
-
-
-def is_low(properties: dict) -> bool:
-    """Whether a single sound is as low as the left one of a pair."""
-    return properties["sources"][0]["pitch"] <= sound_world.LOW_PITCH
-
-
-def is_high(properties: dict) -> bool:
-    """Whether a single sound is as high as the right one of a pair."""
-    return properties["sources"][0]["pitch"] >= sound_world.HIGH_PITCH
-
-
-@cache
-def _backgrounds() -> tuple[np.ndarray, np.ndarray]:
-    """Densities (101,) and their backgrounds (101, 64, 3) by row, in [0, 1]."""
-    densities = np.linspace(0, 1, 101)
-    return densities, np.stack([sound_world.background(float(t), SIDE - 9) for t in densities]) / 255
+DENSITIES = np.linspace(0, 1, 101).tolist()
+BACKGROUNDS = np.stack([sound_world.background(t, SIDE - 9) for t in DENSITIES]) / 255  # (101, 64, 3), by row
 
 
 @cache
@@ -51,8 +31,9 @@ def _templates(label: str) -> tuple[np.ndarray, ...]:
     """A class's drawings with rim: count and width, spectra of mask and masked colours, energy, reach."""
     templates = []
     for count, width in product(range(1, 6), WIDTHS):
-        picture, mask = sound_world.draw_object(label, SIDE / 2, SIDE / 2, float(width), count)
-        mask, colour = mask / 255, picture / 255
+        image, centre = Image.new("RGB", (SIDE, SIDE), sound_world.RIM), SIDE / 2
+        covered = sound_world.paste(image, [(label, centre, centre, width, count)], np.random.default_rng(0))
+        mask, colour = np.asarray(covered) / 255, np.asarray(image) / 255
         rows, columns = np.nonzero(mask > 0.5)
         cover, reach = mask[..., None], (rows.min(), rows.max(), columns.min(), columns.max())
         spectra = np.fft.rfft2(mask), np.fft.rfft2(cover * colour, axes=(0, 1))
@@ -63,8 +44,7 @@ def _templates(label: str) -> tuple[np.ndarray, ...]:
 def measure(image: Image.Image, label: str) -> dict[str, float]:
     """The properties that a picture shows, on the manifest's scale, 0 to 1. A fit may lie a little beyond."""
     pixels = np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS), float) / 255
-    densities, backgrounds = _backgrounds()
-    errors = ((pixels[None] - backgrounds[:, :, None]) ** 2).sum(-1)  # (101, 64, 64)
+    errors = ((pixels[None] - BACKGROUNDS[:, :, None]) ** 2).sum(-1)  # (101, 64, 64)
     sky = int(np.minimum(errors, OUTLIER).mean((1, 2)).argmin())
     shapes, masks, colours, energies, reaches = _templates(label)
     saved = errors[sky] - (pixels ** 2).sum(-1)  # less what the object's own error holds too
@@ -79,4 +59,4 @@ def measure(image: Image.Image, label: str) -> dict[str, float]:
     count, width = map(float, shapes[best])
     margin, y = width / 2 + 2, SIDE / 2 + shift[down]  # the margin of sound_world.place
     return {"loudness": (width - LOW) / (HIGH - LOW), "pitch": (SIDE - margin - y) / (SIDE - 2 * margin),
-            "rate": (count - 0.5) / 5, "density": float(densities[sky])}
+            "rate": (count - 0.5) / 5, "density": DENSITIES[sky]}

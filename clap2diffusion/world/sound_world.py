@@ -32,7 +32,6 @@ CLASSES = ("thunder", "ocean_waves", "fire", "applause", "siren", "helicopter", 
            "glass_breaking", "engine")
 # Nine of the 45 pairs are in no training or validation clip. All classes but the last are in about two each.
 UNHEARD_PAIRS = tuple((CLASSES[i], CLASSES[(i + 3) % 10]) for i in range(9))
-SOURCE_PROPERTIES = ("loudness", "pitch", "rate")
 LOW_PITCH, HIGH_PITCH = 0.4, 0.6  # of two sounds in the data one is at most low, the other at least high
 PAIR_LOUDNESS = 0.3  # two sources differ by 7 dB at most: nobody hears a sound that is far below another
 # FIGURES: what Artist draws of a class, in order, and one hand. WORDS of a language: `names` of a class, the
@@ -69,34 +68,25 @@ class State:
         return tuple(source.label for source in self.sources)
 
 
-def draw_state(rng, labels: tuple[str, ...] | None = None, pairs=0.2, allow_unheard=False) -> State:
+def draw_state(rng, labels: tuple[str, ...] = (), pairs=0.2) -> State:
     """Draw one example's state: with the sources `labels`, or with random ones, a share `pairs` with two."""
-    if labels is None and rng.random() < pairs:
-        while labels is None or (is_unheard(labels) and not allow_unheard):
-            labels = tuple(str(label) for label in rng.choice(CLASSES, 2, replace=False))
-    elif labels is None:
-        labels = (str(rng.choice(CLASSES)),)
+    if not labels:
+        labels = rng.choice(CLASSES, 2, replace=False) if rng.random() < pairs else [rng.choice(CLASSES)]
     while True:
-        sources = tuple(Source(label, *(float(v) for v in rng.random(4))) for label in labels)
+        sources = tuple(Source(str(label), *rng.random(4).tolist()) for label in labels)
         if abs(sources[0].loudness - sources[-1].loudness) <= PAIR_LOUDNESS:
             return State(sources, float(rng.random()), int(rng.integers(2 ** 31)))
 
 
 def low_and_high(state: State) -> State:
-    """A state as the data hold it: the left one of a pair is low (to LOW_PITCH), the right one high.
-
-    One microphone does not tell left from right, so the place must be heard in each sound itself. What an
-    adapter learns from one pair then holds for a pair that it never heard.
-    """
+    """A state as the data hold it: the left one of a pair is low (to LOW_PITCH), the right one high. One
+    microphone does not tell left from right, so the place must be heard in each sound itself. What an adapter
+    learns from one pair then holds for a pair that it never heard."""
     if len(state.sources) == 1:
         return state
     left, right = state.sources
     return replace(state, sources=(replace(left, pitch=LOW_PITCH * left.pitch),
                                    replace(right, pitch=HIGH_PITCH + (1 - HIGH_PITCH) * right.pitch)))
-
-
-def is_unheard(labels: tuple[str, ...]) -> bool:
-    return labels in UNHEARD_PAIRS or labels[::-1] in UNHEARD_PAIRS
 
 
 # The picture. An object is drawn in its box, marks included: x to the right and y down, both from -1 to 1.
@@ -119,10 +109,6 @@ class Artist:
         self.draw, self.count, self.rng = ImageDraw.Draw(layer), count, rng
         self.x, self.y, self.scale = x * SUPERSAMPLING, y * SUPERSAMPLING, width * SUPERSAMPLING / 2
         self.mark = MARK_WIDTH * SUPERSAMPLING / self.scale  # the thinnest mark, in half box widths
-
-    def figure(self, label: str) -> None:
-        for shape, *values in FIGURES[label]:
-            getattr(self, shape)(*values)
 
     def at(self, points) -> list[tuple[float, float]]:
         return [(self.x + self.scale * px, self.y + self.scale * py) for px, py in points]
@@ -191,8 +177,7 @@ class Artist:
 
     def gusts(self, fill) -> None:
         for x in self.spread(0.85):
-            slant = 0.06 * float(self.rng.random())
-            self.stroke(fill, max(0.22, 1.2 * self.mark), (x, 0.78), (x - slant, 0.9))
+            self.stroke(fill, max(0.22, 1.2 * self.mark), (x, 0.78), (x - 0.06 * self.rng.random(), 0.9))
 
     def drops(self, fill) -> None:
         for x in self.spread(0.8):
@@ -207,8 +192,7 @@ class Artist:
 
     def puffs(self, fill, *trail) -> None:
         for x, y in trail[:self.count]:
-            jitter = 0.03 * float(self.rng.uniform(-1, 1))
-            self.ellipse(fill, x, y + jitter, max(0.2, 0.7 * self.mark))
+            self.ellipse(fill, x, y + 0.03 * self.rng.uniform(-1, 1), max(0.2, 0.7 * self.mark))
 
 
 def _mix(a, b, t: float) -> np.ndarray:
@@ -232,18 +216,13 @@ def background(density: float, horizon: int) -> np.ndarray:
     return column
 
 
-def draw_object(label: str, x: float, y: float, width: float, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """One object alone with its rim: colours (64, 64, 3) and mask (64, 64), both in [0, 255]."""
-    image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), RIM)
-    covered = _paste(image, [(label, x, y, width, count)], np.random.default_rng(0))
-    return np.asarray(image), np.asarray(covered)
-
-
-def _paste(image: Image.Image, objects: list[tuple], rng: np.random.Generator) -> Image.Image:
+def paste(image: Image.Image, objects: list[tuple], rng: np.random.Generator) -> Image.Image:
     """Paste objects (label, x, y, width, count) with their rim; return what they cover, in mode L."""
     layer = Image.new("RGBA", (IMAGE_SIZE * SUPERSAMPLING,) * 2)
     for label, *box in objects:
-        Artist(layer, *box, rng).figure(label)
+        artist = Artist(layer, *box, rng)
+        for shape, *values in FIGURES[label]:
+            getattr(artist, shape)(*values)
     layer = layer.reduce(SUPERSAMPLING)
     covered = layer.getchannel("A").filter(ImageFilter.MaxFilter(3))
     image.paste(RIM, mask=covered)
@@ -256,7 +235,7 @@ def draw_scene(state: State) -> Image.Image:
     rng = np.random.default_rng(state.seed)
     column = background(state.density, IMAGE_SIZE - 9 + int(rng.integers(-1, 2)))
     image = Image.fromarray(np.repeat(column[:, None], IMAGE_SIZE, 1).round().astype(np.uint8))
-    _paste(image, [(one.label, *place(state, i), one.count) for i, one in enumerate(state.sources)], rng)
+    paste(image, [(one.label, *place(state, i), one.count) for i, one in enumerate(state.sources)], rng)
     return image
 
 
@@ -296,10 +275,8 @@ def _describe(source: Source, language: str, rng: np.random.Generator, detail: f
 
 
 def caption(state: State, rng: np.random.Generator, detail: float | None = None) -> str:
-    """Say in English (75 %) or Korean what is seen and heard, from bare nouns to every property.
-
-    detail: 0 names the sources alone, 1 most properties, EVERY_DETAIL all of them; None draws it.
-    """
+    """Say in English (75 %) or Korean what is seen and heard, from bare nouns to every property. A `detail`
+    of 0 names the sources alone, 1 most properties, EVERY_DETAIL all of them; None draws it."""
     language, pair = "en" if rng.random() < 0.75 else "ko", len(state.sources) == 2
     if detail is None:
         detail = 0.0 if rng.random() < 0.25 else float(rng.uniform(0.4, 1.0)) * (0.6 if pair else 1.0)
@@ -359,10 +336,9 @@ def buzz(hz: float | np.ndarray, sharpness: float) -> np.ndarray:
 class Voice:
     """Sounds a source of each class at any level: a carrier (noise band or tone) under an envelope of pulses.
 
-    Pitch moves every frequency by the same 2 octaves. Rate moves only the spacing of the pulses, never their
-    shape. Classes of single events (thunder, ocean_waves, dog_barking, glass_breaking) sound exactly
-    `source.count` times; the others follow `source.rate` continuously.
-    """
+    Pitch moves every frequency by the same 2 octaves, rate only the spacing of the pulses, never their shape.
+    Thunder, ocean_waves, dog_barking and glass_breaking sound exactly `source.count` times; the others follow
+    `source.rate` continuously."""
 
     def __init__(self, source: Source, rng: np.random.Generator):
         self.source, self.rng = source, rng
