@@ -13,10 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clap2diffusion.base import processes
+from clap2diffusion.base import processes, statistics, tensor_file
 from clap2diffusion.base.exits import RunFailed, UserError
-from clap2diffusion.base.statistics import interval
-from clap2diffusion.base.tensor_file import state_of, write_tensors
 
 # --- the audio adapter --------------------------------------------------------------------------------------
 
@@ -388,9 +386,9 @@ def validate(predict, val, scheduler, device, autocast, cfg) -> dict[str, list[f
     if not processes.first():
         return processes.of_first(None)
     losses = validation_losses(predict, val, scheduler, device, autocast, cfg)
-    result = {f"val_{sound}": interval(values) for sound, values in losses.items()}
+    result = {f"val_{sound}": statistics.interval(values) for sound, values in losses.items()}
     for sound in ("silence", "other"):
-        result[f"{sound}_minus_right"] = interval(losses[sound] - losses["right"])
+        result[f"{sound}_minus_right"] = statistics.interval(losses[sound] - losses["right"])
     return processes.of_first(result)
 
 
@@ -400,14 +398,14 @@ def save_checkpoint(path: Path, objects: dict, header: dict) -> None:
     """Write every registered object's state_dict and the header into one safetensors file; rank 0 does it.
     Raises RunFailed: a weight is not finite (nothing is written), or the disk is full."""
     if processes.first():
-        write_tensors(path, header, {name: part.state_dict() for name, part in objects.items()})
+        tensor_file.write_tensors(path, header, {name: part.state_dict() for name, part in objects.items()})
 
 
 def load_checkpoint(path: Path, header: dict, tensors: dict[str, Tensor], objects: dict) -> None:
     """Load the registered objects from what read_tensors(path) gave: none missing, none of another size.
     Raises UserError: an object or a tensor is missing, or a shape differs (both sides shown)."""
     for name, part in objects.items():
-        state = state_of(name, path, header, tensors)
+        state = tensor_file.state_of(name, path, header, tensors)
         # of an optimizer nothing is compared
         own = part.state_dict() if hasattr(part, "parameters") else state
         for key in own.keys() | state.keys():

@@ -27,12 +27,9 @@ sys.path.insert(0, str(HERE.parent))
 
 import common  # noqa: E402
 import evaluate  # noqa: E402
+from clap2diffusion.base import files, hub, statistics, tensor_file  # noqa: E402
 from clap2diffusion.base.exits import RunFailed, UserError, run_main  # noqa: E402
-from clap2diffusion.base.files import read_json, write_atomic, write_json  # noqa: E402
-from clap2diffusion.base.hub import BASE_PARTS, resolve_model  # noqa: E402
 from clap2diffusion.base.settings import Number, new_parser  # noqa: E402
-from clap2diffusion.base.statistics import bootstrap, summary  # noqa: E402
-from clap2diffusion.base.tensor_file import read_tensors  # noqa: E402
 from clap2diffusion.judging.clips import Clips  # noqa: E402
 from clap2diffusion.judging.evaluation import Judged, Subject, follow_properties  # noqa: E402
 from clap2diffusion.judging.judge import Judge  # noqa: E402
@@ -79,9 +76,9 @@ def make_long_world(world: Path, out: Path) -> None:
             waveform = np.concatenate([waveform, sound_world.synthesise(state)])
         sound = io.BytesIO()
         soundfile.write(sound, waveform, rate, format="WAV")
-        write_atomic(out / row["audio_file_name"], sound.getvalue())
-        write_atomic(out / row["image_file_name"], (world / row["image_file_name"]).read_bytes())
-    write_atomic(out / "metadata.jsonl", "".join(lines).encode())
+        files.write_atomic(out / row["audio_file_name"], sound.getvalue())
+        files.write_atomic(out / row["image_file_name"], (world / row["image_file_name"]).read_bytes())
+    files.write_atomic(out / "metadata.jsonl", "".join(lines).encode())
 
 
 def train(name: str, seed: int, stages: tuple, out: Path, default: Path) -> Path:
@@ -94,7 +91,7 @@ def train(name: str, seed: int, stages: tuple, out: Path, default: Path) -> Path
             subprocess.run(["git", "apply", HERE / "appended.patch"], cwd=HERE.parent, check=True)
             script, more = copy.name, ["--name", "stage1"]
         if name == "windows-2":
-            make_long_world(Path(read_json(config)["common"]["data_root"]), out / "long")
+            make_long_world(Path(files.read_json(config)["common"]["data_root"]), out / "long")
             more = ["--data-root", out / "long"]
         if stages[0] == 2:
             more = ["--init-from", default / "stage1"]
@@ -109,8 +106,8 @@ def train(name: str, seed: int, stages: tuple, out: Path, default: Path) -> Path
 @torch.inference_mode()
 def appended_pictures(path: Path, clips: Clips, options: argparse.Namespace) -> list:
     """Pictures of the `appended` variant, whose tokens the stock pipeline takes as prompt_embeds."""
-    header, tensors = read_tensors(path)
-    base = resolve_model(header["base_model"], "base model", BASE_PARTS)
+    header, tensors = tensor_file.read_tensors(path)
+    base = hub.resolve_model(header["base_model"], "base model", hub.BASE_PARTS)
     encoder = load_clap("", header, path)
     audio_embeds = torch.cat([embed(encoder, str(row.audio_path)) for row in clips.rows])
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(base, safety_checker=None,
@@ -135,7 +132,7 @@ def judge_run(folder: Path, name: str, judged: Judged, n: int, gate: float | Non
     file for n clips in the folder keeps them. Raises UserError: too few clips for a rho."""
     kept = folder / f"judged-{n}{'' if gate is None else f'-{gate:.2f}'}.json"
     if kept.exists():
-        return read_json(kept)
+        return files.read_json(kept)
     clips, everyone = judged.clips, list(range(len(judged.clips.rows)))
     options = evaluate.build_parser().parse_args(["--run", str(folder)])
     options.gate = gate
@@ -152,20 +149,20 @@ def judge_run(folder: Path, name: str, judged: Judged, n: int, gate: float | Non
     if not properties:
         raise UserError(f"{clips.data_root}: fewer than 10 of the {len(everyone)} clips hold one sound, too "
                         "few for a rho; give more --clips or data with more test clips")
-    write_json(kept, found | {f"rho_{key}": value["points"] for key, value in properties.items()})
-    return read_json(kept)
+    files.write_json(kept, found | {f"rho_{key}": value["points"] for key, value in properties.items()})
+    return files.read_json(kept)
 
 
 def pooled(runs: list[dict], key: str) -> tuple[float, np.ndarray]:
     """A measure over the clips of all seeds and its resampled values."""
     values = np.concatenate([np.asarray(seed[key], float) for seed in runs])
-    return bootstrap_spearman(values) if key.startswith("rho") else bootstrap(values)
+    return bootstrap_spearman(values) if key.startswith("rho") else statistics.bootstrap(values)
 
 
 def cell(variant: list[dict], default: list[dict], key: str) -> str:
     """A variant's value and its paired difference to the default, bold where the interval excludes 0."""
     a, b = pooled(variant, key), pooled(default, key)
-    value, low, high = summary(a[0] - b[0], a[1] - b[1])
+    value, low, high = statistics.summary(a[0] - b[0], a[1] - b[1])
     text = f"{a[0]:.3f} ({value:+.3f} [{low:+.3f}, {high:+.3f}])"
     return f"**{text}**" if low > 0 or high < 0 else text
 
@@ -178,7 +175,7 @@ def main() -> None:
     add("--clips", type=Number(int, 15), default=100, help="test clips judged, evenly spread over the split")
     add("--out", default="runs/ablations", help="folder of the runs")
     args = parser.parse_args()
-    out, settings = Path(args.out), read_json(HERE / "default.json")["common"]
+    out, settings = Path(args.out), files.read_json(HERE / "default.json")["common"]
     defaults = {seed: out / f"default-{seed}" for seed in args.seeds}
     for seed, folder in defaults.items():
         train("default", seed, (1, 2, 3), out, folder)
@@ -200,7 +197,7 @@ def main() -> None:
         found, gates, last = [], [], (stages or (3,))[-1]
         for seed, default in defaults.items():
             folder = train(name, seed, stages, out, default) if stages else default / "stage3"
-            result = read_json(folder / "result.json")
+            result = files.read_json(folder / "result.json")
             gate = {"gate-0": 0.0, "gate-1": 1.0}.get(name)
             if name == "gate-sweep-minimum":
                 gate = min(result["sweep_after"], key=lambda row: row["loss"])["tanh_gate"]
@@ -208,7 +205,7 @@ def main() -> None:
             gates += [result["tanh_gate"] if gate is None else gate] if last == 3 else []
         cells, gates = [cell(found, after[last], key) for key in MEASURES], [f"{gate:.2f}" for gate in gates]
         lines.append(f"| {question} | stage {last} | {' | '.join(cells)} | {', '.join(gates)} |")
-        write_atomic(HERE / "results.md", ("\n".join(lines) + "\n").encode())
+        files.write_atomic(HERE / "results.md", ("\n".join(lines) + "\n").encode())
         print(lines[-1], flush=True)
     print("\n".join(lines))
 

@@ -38,11 +38,10 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from clap2diffusion.base import files, workers  # noqa: E402
 from clap2diffusion.base.device import quiet_libraries  # noqa: E402
 from clap2diffusion.base.exits import run_main  # noqa: E402
-from clap2diffusion.base.files import read_json, write_json  # noqa: E402
 from clap2diffusion.base.settings import Number, new_parser  # noqa: E402
-from clap2diffusion.base.workers import in_processes  # noqa: E402
 from clap2diffusion.dataset.encoders import CLAPAudioEncoder, log_mel  # noqa: E402
 from clap2diffusion.judging import metrics  # noqa: E402
 from clap2diffusion.judging.judge import Judge  # noqa: E402
@@ -52,7 +51,7 @@ from clap2diffusion.world import sound_world as world  # noqa: E402
 NAMES = {one: [world.class_caption((c,), one) for c in world.CLASSES] for one in ("en", "ko")}  # captions
 PICTURES, SOUNDS, HELD_OUT = 1000, 1001, 1002  # first part of each generator's key after the seed
 L, WIDTH, PAIRS = 32, 0.05, 0.35  # text tokens; deviation of the VAE's posterior; share of two sounds
-CONFIGS = read_json(HERE / "tiny_models.json")
+CONFIGS = files.read_json(HERE / "tiny_models.json")
 EXTRACTOR = transformers.ClapFeatureExtractor(**CONFIGS["extractor"])
 BARE = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 COUNTS = {  # of the flags: (lowest, default, help)
@@ -94,7 +93,7 @@ def sound(key: tuple[int, int, int]) -> tuple:
 
 def draw(function, seed: int, part: int, n: int, what: str) -> list[tuple]:
     """What the function gives of the examples 0..n-1 of a part, as columns."""
-    found = in_processes(function, [(seed, part, i) for i in range(n)], 2, what, "example")
+    found = workers.in_processes(function, [(seed, part, i) for i in range(n)], 2, what, "example")
     return list(zip(*found, strict=True))
 
 
@@ -145,7 +144,7 @@ def encode_text(tokenizer, captions: list[list[str]]) -> Tensor:
 def make_vae(pictures: np.ndarray, kept: Path, args: argparse.Namespace) -> tuple:
     """The VAE and the seconds it took. It is kept: a stopped UNet does not cost it."""
     if (kept / "training.json").exists():
-        return diffusers.AutoencoderKL.from_pretrained(kept).eval(), read_json(kept / "training.json")
+        return diffusers.AutoencoderKL.from_pretrained(kept).eval(), files.read_json(kept / "training.json")
     torch.manual_seed(args.seed)
     rng = np.random.default_rng([args.seed, 2000])
     vae = diffusers.AutoencoderKL(**CONFIGS["vae"]).to(memory_format=torch.channels_last)
@@ -439,12 +438,12 @@ def main() -> None:
         PARTS[part](building, args)
         building.rename(out / part)  # a part is there whole or not at all
         made.append(part)
-        seconds = sum(read_json(out / part / "training.json").values())
+        seconds = sum(files.read_json(out / part / "training.json").values())
         print(f"{out / part}: made in {seconds:.0f} s of training", flush=True)
     if all((out / part).exists() for part in PARTS) and (made or not (out / "report.json").exists()):
-        seconds = {k: v for part in PARTS for k, v in read_json(out / part / "training.json").items()}
+        seconds = {k: v for part in PARTS for k, v in files.read_json(out / part / "training.json").items()}
         report = measure(out, args, seconds)
-        write_json(out / "report.json", report)
+        files.write_json(out / "report.json", report)
         template = jinja2.Template((HERE / "tiny_models.md.j2").read_text(), keep_trailing_newline=True)
         (out / "report.md").write_text(template.render(report))
         print(template.render(report), flush=True)

@@ -54,15 +54,16 @@ def _raise_stopped(signum: int, frame) -> None:
 
 
 @contextlib.contextmanager
-def stops_held(*more: int, heard=lambda came: None):
+def stops_held(*more: int, heard=lambda signum, first: None):
     """Hold signals back until this ends. For library code that must not be interrupted, such as a fork.
     Gives the list of what came. If no error ends this, the first of them is sent again at the end.
-    more: signals beside those of stop_signals(). heard(came): called at each one that comes."""
+    more: signals beside those of stop_signals(). heard(signum, whether it is the first): called at each."""
     came: list[int] = []
 
     def hold(signum: int, frame) -> None:
+        first = not came
         came.append(signum)
-        heard(came)
+        heard(signum, first)  # which another signal may interrupt
     old = {s: signal.signal(s, hold) for s in [*stop_signals(), *more]}
     try:
         yield came
@@ -79,16 +80,16 @@ def stops_awaited(speaks: bool = True):
     speaks: whether this process says that it has heard the signal; of several processes one does."""
     times: list[float] = []
 
-    def heard(came: list[int]) -> None:
+    def heard(signum: int, first: bool) -> None:
         times.append(time.monotonic())
-        if came[-1] == signal.SIGPIPE:
+        if signum == signal.SIGPIPE:
             return
-        if len(came) == 1 and speaks:
+        if first and speaks:
             with contextlib.suppress(OSError):  # the terminal may be what went away
-                os.write(2, f"\n{signal.Signals(came[0]).name}: saving after this step or validation; "
+                os.write(2, f"\n{signal.Signals(signum).name}: saving after this step or validation; "
                             "a second one ends at once\n".encode())
         if times[-1] - times[0] > 1:  # one Ctrl-C may come twice
-            os._exit(128 + came[-1])
+            os._exit(128 + signum)
     return stops_held(signal.SIGPIPE, heard=heard)
 
 

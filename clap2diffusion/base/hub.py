@@ -5,9 +5,9 @@ import hashlib
 import json
 import pickletools
 import zipfile
-from collections import namedtuple
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -112,12 +112,15 @@ def fingerprint(model_dir: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-# two folders, and what names the UNet that an adapter was trained in and the CLAP whose embeddings it reads
-Models = namedtuple("Models", "base clap fingerprints")
+class Models(NamedTuple):
+    """Two folders; fingerprints name the UNet that an adapter is trained in and the CLAP that it reads."""
+    base: Path
+    clap: Path
+    fingerprints: dict[str, str]
 
 
 def find_models(cfg) -> Models:
-    """The models of a stage's settings, before torch is loaded. Raises UserError: one is missing, broken."""
+    """The models of a stage's settings, before torch loads. Raises UserError: one is missing or broken."""
     base = resolve_model(cfg.base_model, "base model", BASE_PARTS)
     clap = resolve_model(cfg.clap_model, "CLAP model")
     return Models(base, clap, {"unet": fingerprint(base / "unet"), "clap": fingerprint(clap)})

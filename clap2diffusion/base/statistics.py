@@ -16,7 +16,8 @@ def resamples(n: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
 
 
-def bootstrap(values: np.ndarray, statistic: Callable | None = None) -> tuple[float, np.ndarray]:
+def bootstrap(values: np.ndarray, statistic: Callable[[np.ndarray], float] | None = None
+              ) -> tuple[float, np.ndarray]:
     """The mean over clips, or a `statistic` of the clips' values (n, ...), and its 2000 resampled values."""
     values = np.asarray(values)
     picks = resamples(len(values))

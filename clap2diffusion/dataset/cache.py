@@ -153,7 +153,8 @@ def check_decoding(rows: list[Row], known: dict[int, str], workers: int) -> dict
 def build_features(data_root: str | Path, base_model: Path, clap_model: Path, image_size: int,
                    cache_dir: str | Path, windows: int = 1, flip: bool = False, batch_size: int = 16,
                    workers: int = 2, device="cpu", max_bad_share: float = 0.01, log: Log = print) -> Path:
-    """The cache folder of a data folder's features. A half-built one goes on at the first missing shard.
+    """The cache folder of a data folder's features. A finished one is used again, and no encoder is loaded. A
+    half-built one goes on at the first missing shard.
     Raises UserError: no usable manifest, too many unusable rows, a cache folder that cannot be written.
     Raises RunFailed: the disk is full, an encoder gives NaN, a loading process was killed."""
     rows, bad = read_manifest(data_root, log)

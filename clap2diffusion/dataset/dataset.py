@@ -116,7 +116,7 @@ def sample_ids(dataset: AudioImageDataset, cfg, step: int) -> list[str]:
 
 def make_loader(dataset: AudioImageDataset, batch_size: int, seed: int, start: int, stop: int, workers: int,
                 device: torch.device) -> cache.Loader:
-    """This process's share of the batches of micro-steps [start, stop): the same bits with any workers.
+    """This process's share of the batches of micro-steps [start, stop), once: the same bits with any workers.
     Raises UserError if there are fewer rows than a batch of all processes."""
     everyone = batch_size * processes.world()
     if len(dataset) < everyone:

@@ -65,7 +65,7 @@ def open_audio(path: Path) -> sf.SoundFile:
     cut = re.search(r"^\s*(?:data|SSND)\s*:\s*(\d+) \(should be (\d+)\)", sound.extra_info, re.MULTILINE)
     w64 = re.search(r"^riff : (\d+) \(should be (\d+)\)", sound.extra_info, re.MULTILINE)
     said, found = map(int, (cut or w64).groups()) if cut or w64 else (0, 0)
-    rate, frames = sound.samplerate, sound.frames
+    rate, frames = sound.samplerate, sound.frames  # libsndfile gives no rate below 1
     return _checked(sound, [
         (not MIN_RATE <= rate <= MAX_RATE, f"sampling rate {rate} Hz, expected {MIN_RATE} to {MAX_RATE}"),
         (frames <= 0, "zero length: a header without samples"),

@@ -83,7 +83,8 @@ class Encoders:
         # clone: torch aligns its memory, NumPy does not, and the alignment changes last bits
         plain = torch.from_numpy(np.stack(images)).clone().to(self.device)
         sides = [self.vae.encode(x).latent_dist for x in ([plain, plain.flip(-1)] if flip else [plain])]
-        mean, std = (torch.stack([getattr(side, name) for side in sides], 1) for name in ("mean", "std"))
+        mean = torch.stack([side.mean for side in sides], 1)  # (B, F, C, h, w), as std is; both unscaled
+        std = torch.stack([side.std for side in sides], 1)
         shift, scale = getattr(self.vae.config, "shift_factor", None) or 0.0, self.vae.config.scaling_factor
         clips = sum(heard, [])
         parts = [self.clap.embed(clips[i:i + batch_size]).cpu() for i in range(0, len(clips), batch_size)]

@@ -169,6 +169,7 @@ def begin_data_folder(out: Path, settings: dict) -> TextIO | None:
     try:
         held = files.lock(out, wait=f"waiting for another process that is making {out}")
         if not (out / "metadata.jsonl").exists():
+            files.remove_stale(out, "**/.*.tmp")  # of a run that was killed
             for name in ("audio", "images"):
                 (out / name).mkdir(exist_ok=True)
             return held

@@ -5,10 +5,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from clap2diffusion.base import processes
+from clap2diffusion.base import files, processes, statistics
 from clap2diffusion.base.exits import RunFailed
-from clap2diffusion.base.files import write_atomic, write_json
-from clap2diffusion.base.statistics import interval
 from common import AudioAttentionAdapter
 
 
@@ -18,7 +16,7 @@ def sweep_gate(audio_attn: AudioAttentionAdapter, measure) -> list[dict]:
     kept, table = audio_attn.gate.data.clone(), []
     for strength in [i / 10 for i in range(11)] if processes.first() else []:
         audio_attn.set_strength(strength)
-        mean, low, high = interval(measure()["right"])
+        mean, low, high = statistics.interval(measure()["right"])
         table.append({"tanh_gate": strength, "loss": mean, "low": low, "high": high})
     audio_attn.gate.data.copy_(kept)
     return table
@@ -29,8 +27,8 @@ def conclude(folder: Path, progress, tanh_gate: float, cfg) -> dict:
     Raises RunFailed: the gate walked away."""
     window, (before, after) = (cfg.window_low, cfg.window_high), (progress.sweep_before, progress.sweep_after)
     if processes.first():
-        write_json(folder / "sweep.json", {"before": before, "after": after, "tanh_gate": tanh_gate})
-        write_atomic(folder / "sweep.png", _plot(before, after, tanh_gate, window))
+        files.write_json(folder / "sweep.json", {"before": before, "after": after, "tanh_gate": tanh_gate})
+        files.write_atomic(folder / "sweep.png", _plot(before, after, tanh_gate, window))
     if progress.ended == "the gate walked away":
         low = tanh_gate < cfg.away_low
         reason = "the sound raises the loss" if low else "the loss asks for ever more sound"

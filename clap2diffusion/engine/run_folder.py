@@ -12,12 +12,10 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from clap2diffusion.base import processes
+from clap2diffusion.base import files, processes, tensor_file
 from clap2diffusion.base.exits import UserError
-from clap2diffusion.base.files import lock, read_json, remove_stale, write_json
 from clap2diffusion.base.settings import changed_settings, check_same_settings
 from clap2diffusion.base.statistics import show_interval
-from clap2diffusion.base.tensor_file import Broken, read_tensors
 from common import load_checkpoint, save_checkpoint
 
 
@@ -123,15 +121,15 @@ class RunFolder:
             again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun, with the same flags
             if fresh and self.path.exists() and not again:
                 backup = self.path.with_name(f"{self.path.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
-                with lock(self.path):
+                with files.lock(self.path):
                     self.path.rename(backup)
                 print(f"{self.path}: the old run is kept in {backup}")
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._held = lock(self.path)
+            self._held = files.lock(self.path)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be used as output folder ({error.strerror}); give a folder "
                             "that can be written with --run") from None
-        for stale in [*remove_stale(self.path), *remove_stale(self.checkpoints)]:
+        for stale in [*files.remove_stale(self.path), *files.remove_stale(self.checkpoints)]:
             print(f"{stale}: left by an interrupted save, removed")
 
     def is_complete(self, settings: dict, init: str) -> bool:
@@ -139,11 +137,11 @@ class RunFolder:
         Raises UserError: it began from another result of the stage before than the one that is there now."""
         if not self.result.exists() or not self.final.exists():
             return False
-        made = read_json(self.result)
+        made = files.read_json(self.result)
         if init and made.get("init") != init:
             raise UserError(f"{self.path}: began from another result of the stage before than the one there "
                             "now; begin it anew with --fresh, which keeps this one in a backup folder")
-        changed = changed_settings(read_json(self.path / "config.json"), settings)
+        changed = changed_settings(files.read_json(self.path / "config.json"), settings)
         other = f"; it was made with other settings than asked for now: {'; '.join(changed)}" * bool(changed)
         print(f"{self.path}: already complete{other} (--fresh begins anew and keeps a backup)", flush=True)
         return True
@@ -154,26 +152,27 @@ class RunFolder:
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08d}.safetensors"
 
-    def newest_valid(self) -> tuple[int, dict, dict[str, Tensor]] | tuple[int]:
-        """The highest step of a valid checkpoint and what is in it, or (-1,). Broken ones are renamed."""
+    def newest_valid(self) -> int:
+        """The highest step of a valid checkpoint, or -1. Broken ones are named, renamed and passed over."""
         for step in reversed(self.steps()):
             path = self.checkpoint(step)
             try:
-                return step, *read_tensors(path)
-            except Broken as error:
+                tensor_file.read_tensors(path)
+                return step
+            except tensor_file.Broken as error:
                 print(f"{error}; falling back to the one before", file=sys.stderr, flush=True)
                 path.rename(f"{path}.broken")  # so that it is not counted among the newest that are kept
         if list(self.checkpoints.glob("*.broken")):
             raise UserError(f"{self.checkpoints}: no checkpoint there is whole; begin anew with --fresh, "
                             "which keeps them")
-        return (-1,)
+        return -1
 
     def save(self, step: int, objects: dict, header: dict, keep: int) -> None:
         """Save this step's checkpoint, read it back, and only then drop the ones before the last `keep`."""
         if not processes.first():
             return
         save_checkpoint(self.checkpoint(step), objects, {**header, "step": step})
-        read_tensors(self.checkpoint(step))
+        tensor_file.read_tensors(self.checkpoint(step))
         for old in map(self.checkpoint, self.steps()[:-keep]):
             try:
                 old.unlink()
@@ -182,11 +181,10 @@ class RunFolder:
 
     def resume(self, objects: dict, header: dict, allow_changed: bool) -> None:
         """Load the newest valid checkpoint, if there is one, after checking that it belongs to this run."""
-        step, *found = self.newest_valid() if processes.first() else (-1,)
-        step = processes.largest(step)
+        step = processes.largest(self.newest_valid() if processes.first() else -1)
         if step >= 0:
             path = self.checkpoint(step)
-            saved, tensors = found or read_tensors(path)
+            saved, tensors = tensor_file.read_tensors(path)
             for key in ("stage", "fingerprints", "dims", "init"):
                 if saved[key] != header[key]:
                     raise UserError(f"{path}: was made with {key} {saved[key]!r}, this run has "
@@ -201,13 +199,13 @@ class RunFolder:
             if ema:
                 ema.decay = decay
         if processes.first():
-            write_json(self.path / "config.json", header["settings"])
+            files.write_json(self.path / "config.json", header["settings"])
 
     def load_best(self, weights: dict, progress: Progress) -> None:
         """Load the weights that validated best. If their file is lost, a line says so; the last ones stay."""
         try:
-            header, tensors = read_tensors(self.best)
-        except Broken as error:
+            header, tensors = tensor_file.read_tensors(self.best)
+        except tensor_file.Broken as error:
             print(f"{error}; the weights of the last step are taken", file=sys.stderr, flush=True)
             progress.best_step = progress.step
             return
@@ -233,7 +231,7 @@ def previous_stage(cfg, stage: str, fingerprints: dict) -> tuple[Path, dict, dic
         state = "is not finished" if path.parent.exists() else "has not run"
         raise UserError(f"{path}: {stage} {state}; run first: python train_{stage}.py --config {cfg.config} "
                         f"--run {cfg.run}")
-    header, tensors = read_tensors(path)
+    header, tensors = tensor_file.read_tensors(path)
     if header["stage"] != stage:
         raise UserError(f"{path}: is of {header['stage']}, expected a result of {stage}")
     if header["fingerprints"] != fingerprints:

@@ -10,11 +10,9 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from clap2diffusion.base import processes
+from clap2diffusion.base import files, hub, processes
 from clap2diffusion.base.device import DTYPES, peak_memory_mb, pick_device
 from clap2diffusion.base.exits import Stopped, UserError, stops_awaited
-from clap2diffusion.base.files import write_json
-from clap2diffusion.base.hub import Models
 from clap2diffusion.base.settings import settings
 from clap2diffusion.dataset.dataset import make_loader, open_splits, sample_ids
 from clap2diffusion.engine.run_folder import Logger, Progress, RunFolder, previous_stage
@@ -31,7 +29,7 @@ class StageRun:
     is there. After begin(): progress, log, check.
     Raises UserError: no such device, a folder or data that cannot be used, no result of the stage before."""
 
-    def __init__(self, stage: str, cfg, models: Models, starts_from: str = ""):
+    def __init__(self, stage: str, cfg, models: hub.Models, starts_from: str = ""):
         """starts_from: the stage whose result this one begins with, found in RUN or in --init-from."""
         self.stage, self.cfg, self.models, self.before = stage, cfg, models, {}
         self.device, self.autocast = pick_device(cfg.device, cfg.precision)
@@ -74,7 +72,8 @@ class StageRun:
         cfg, self.weights, self.unet = self.cfg, weights, unet
         self.progress = Progress(**counters)
         self.objects = {**weights, "optimizer": optimizer, "progress": self.progress}
-        self.objects |= {"ema": ema} if ema else {}
+        if ema:
+            self.objects["ema"] = ema
         # what a checkpoint says about itself; the features' name changes with the data
         self.header = {"stage": self.stage, "settings": {**settings(cfg), "features": self.train.cache.name},
                        "base_model": cfg.base_model, "clap_model": cfg.clap_model,
@@ -174,10 +173,9 @@ class StageRun:
         if "audio_attn" in self.weights:
             proof = {"tanh_gate": float(torch.tanh(self.weights["audio_attn"].gate.detach())),
                      "stock_difference": self._export(header, scheduler)}
-        # the next stage takes it for a proven result
-        save_checkpoint(self.folder.final, self.weights, header)
+        save_checkpoint(self.folder.final, self.weights, header)  # which the next stage takes for proven
         memory, progress = peak_memory_mb(self.device), self.progress
-        write_json(self.folder.result, {
+        files.write_json(self.folder.result, {
             "stage": self.cfg.name, "steps": progress.step, "ended": progress.ended, "init": header["init"],
             "seconds": round(progress.wall_seconds(), 1), "step_seconds": round(progress.step_seconds, 1),
             "first_validation": progress.first_validation, "last_validation": progress.last_validation,

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from clap2diffusion.base import files, hub
 from clap2diffusion.base.exits import UserError
-from clap2diffusion.base.files import read_json
-from clap2diffusion.base.hub import resolve_model
 from clap2diffusion.dataset.decoding import BadFile, load_picture, read_windows
 from clap2diffusion.dataset.manifest import Row, read_manifest
 from clap2diffusion.pictures.inputs import adapter_facts, find_adapter
@@ -34,8 +33,8 @@ def check_run(args: argparse.Namespace) -> bool:
 
 def find_judge(name: str) -> Path:
     """The folder of a judge. Raises UserError: no such model, or one that is no fixed-size SigLIP."""
-    folder = resolve_model(name, "judge")
-    kind = read_json(folder / "config.json").get("model_type")
+    folder = hub.resolve_model(name, "judge")
+    kind = files.read_json(folder / "config.json").get("model_type")
     if kind != "siglip":
         raise UserError(f"judge {name}: is a {kind!r} model; expected a SigLIP with one picture size, "
                         "such as google/siglip2-so400m-patch14-384")
@@ -50,7 +49,7 @@ def read_results(run: Path) -> dict[str, dict]:
         if not path.exists():
             raise UserError(f"{path}: is missing, so {stage} is not finished; run the command that made "
                             f"{run} again, bash run_all_stages.sh with its config and flags")
-        found[stage] = read_json(path)
+        found[stage] = files.read_json(path)
     return found
 
 
@@ -60,7 +59,7 @@ def find_data(args: argparse.Namespace, adapter_path: Path) -> str:
     if not args.data_root and not config.exists():
         raise UserError(f"{config}: is missing, so the clips are unknown; give the data folder with "
                         "--data-root")
-    return args.data_root or read_json(config)["data_root"]
+    return args.data_root or files.read_json(config)["data_root"]
 
 
 def spread(rows: list, n: int) -> list:
@@ -139,7 +138,7 @@ class Clips:
         path = self.data_root / "labels.json"
         if not self.labelled:
             return {"en": self.classes}
-        texts = read_json(path) if path.exists() else {}
+        texts = files.read_json(path) if path.exists() else {}
         given = [texts.get(label, {}) for label in self.classes]
         found = {"en": [text.get("en") or f"This is a photo of {label.replace('_', ' ')}."
                         for label, text in zip(self.classes, given)]}

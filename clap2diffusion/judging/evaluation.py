@@ -14,10 +14,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from clap2diffusion.base import files, hub
 from clap2diffusion.base.device import DTYPES, pick_device
 from clap2diffusion.base.exits import RunFailed
-from clap2diffusion.base.files import read_json, remove_stale, write_atomic, write_json
-from clap2diffusion.base.hub import BASE_PARTS, resolve_model
 from clap2diffusion.base.statistics import bootstrap, interval, show_interval, summary
 from clap2diffusion.dataset.decoding import SILENT_PEAK, active_rms, load_waveform
 from clap2diffusion.judging import metrics, page
@@ -56,7 +55,7 @@ class Subject:
         """Load the models and embed every clip; silent clips are the null audio."""
         args = self.args
         device, _ = pick_device(args.device, args.precision)
-        base = resolve_model(args.base_model or self.facts["base_model"], "base model", BASE_PARTS)
+        base = hub.resolve_model(args.base_model or self.facts["base_model"], "base model", hub.BASE_PARTS)
         self.encoder = load_clap(args.clap_model, self.facts, self.adapter_path)
         rows = tqdm(clips.rows, desc=f"{self.run}: sounds", unit="clip", leave=False)
         self.audio_embeds = torch.cat([embed(self.encoder, str(row.audio_path)) for row in rows])  # (n, E)
@@ -68,7 +67,7 @@ class Subject:
                 lambda module, _, x: module.norm(torch.randn(x.shape, generator=generator).to(x)))
         self.scale = 1.0 if args.gate is None else scale_of_gate(args.gate, self.facts, self.adapter_path)
         self.pictures_dir.mkdir(parents=True, exist_ok=True)
-        remove_stale(self.pictures_dir)
+        files.remove_stale(self.pictures_dir)
 
     def pictures(self, name: str, audio_embeds: Tensor, seeds: list[int], scale: float | None = None,
                  guidance: float | None = None) -> list[Image.Image]:
@@ -145,7 +144,7 @@ def about(clips: Clips) -> dict[str, dict]:
               "median_rank": (n + 1) / 2, "pairs_heard": pair, "pairs_unheard": pair, "mix_unheard": pair}
     return {name: {"title": texts["title"], "about": texts["about"].format(n=n), "chance": chance.get(name),
                    "higher_is_better": name not in ("median_rank", "cmmd")}
-            for name, texts in read_json(Path(__file__).parent / "measures.json").items()}
+            for name, texts in files.read_json(Path(__file__).parent / "measures.json").items()}
 
 
 def measure_table(judged: Judged, embeds: dict[str, np.ndarray]) -> tuple[dict[str, dict], dict[str, tuple]]:
@@ -168,7 +167,7 @@ def measure_table(judged: Judged, embeds: dict[str, np.ndarray]) -> tuple[dict[s
 def set_properties(clips: Clips, world) -> dict[int, dict]:
     """What was set in each single sound that we made ourselves, by its position: loudness and so on."""
     rows = {i: clips.rows[i].properties for i in clips.single if clips.kinds[i][0] in world.CLASSES}
-    return {i: {**row["sources"][0], **row} for i, row in rows.items() if row}
+    return {i: {**row["sources"][0], **row} for i, row in rows.items() if row and row.get("sources")}
 
 
 def follow_properties(clips: Clips, pictures: dict[str, list], others: list[int], world) -> tuple[dict, dict]:
@@ -363,8 +362,8 @@ def evaluate_run(args: argparse.Namespace, world) -> None:
 def write_evaluation(stem: Path, evaluation: dict) -> None:
     """Write the evaluation as stem.json, stem.md and stem.html, and print its tables."""
     text = TEMPLATES.get_template("evaluation.md.j2").render(e=evaluation)
-    write_json(stem.with_suffix(".json"), evaluation)
-    write_atomic(stem.with_suffix(".md"), text.encode())
-    write_atomic(stem.with_suffix(".html"), page.render(evaluation).encode())
+    files.write_json(stem.with_suffix(".json"), evaluation)
+    files.write_atomic(stem.with_suffix(".md"), text.encode())
+    files.write_atomic(stem.with_suffix(".html"), page.render(evaluation).encode())
     print(f"\n{text}\n{stem}.html: sounds, pictures, plots: open it in a browser\n{stem}.md: the tables\n"
           f"{stem}.json: every figure", flush=True)

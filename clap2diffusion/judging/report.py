@@ -17,10 +17,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from clap2diffusion.base import files, hub
 from clap2diffusion.base.device import DTYPES, pick_device
 from clap2diffusion.base.exits import UserError
-from clap2diffusion.base.files import read_json, remove_stale, write_atomic, write_json
-from clap2diffusion.base.hub import BASE_PARTS, resolve_model
 from clap2diffusion.dataset.decoding import load_waveform
 from clap2diffusion.dataset.manifest import read_manifest
 from clap2diffusion.judging.clips import STAGES, pick_clips, read_results, readable
@@ -54,7 +53,7 @@ def make_sheet(run: Path, settings: dict, args: argparse.Namespace) -> Image.Ima
                for row, scene in zip(rows, scenes)]
     device, _ = pick_device(args.device, "fp32")
     dtype = DTYPES[settings["precision"]] if device.type == "cuda" else torch.float32
-    base = resolve_model(args.base_model or settings["base_model"], "base model", BASE_PARTS)
+    base = hub.resolve_model(args.base_model or settings["base_model"], "base model", hub.BASE_PARTS)
     for stage in STAGES:
         pipe = load_stock_pipeline(base, find_adapter(str(run / stage)), device, dtype)
         silence = [torch.zeros_like(audio_embeds)] if stage == STAGES[-1] else []
@@ -78,7 +77,7 @@ def git_commit() -> str:
 def make_report(run: Path, args: argparse.Namespace) -> dict:
     """The report's content from the stages' result.json files. Raises UserError: a stage is not finished."""
     results = read_results(run)
-    settings = {stage: read_json(run / stage / "config.json") for stage in STAGES}
+    settings = {stage: files.read_json(run / stage / "config.json") for stage in STAGES}
 
     def each(key: str) -> dict:
         return {stage: result[key] for stage, result in results.items()}
@@ -110,7 +109,7 @@ def training_curves(run: Path) -> dict[str, dict]:
                 with suppress(ValueError):  # the last line of a killed run
                     entry = json.loads(line)
                     steps[entry["step"]].update(entry)
-            result = read_json(ended) if ended.exists() else {}
+            result = files.read_json(ended) if ended.exists() else {}
             found[stage] = {"log": [steps[step] for step in sorted(steps)],
                             **{key: result[key] for key in keys if key in result}}
     return found
@@ -123,16 +122,16 @@ def write_report(run: Path, args: argparse.Namespace) -> None:
     sheet_path, adapter_path, text_path, json_path = (run / name for name in FILES)
     with suppress(UserError, KeyError):  # damaged, or from before reports said what they were made from
         there = all((run / name).exists() for name in FILES)
-        if there and read_json(json_path)["made_from"] == report["made_from"]:
+        if there and files.read_json(json_path)["made_from"] == report["made_from"]:
             print(f"{json_path}: was made from these results, so sheet and report stay as they are",
                   flush=True)
             return
     sheet = make_sheet(run, report["settings"]["stage3"], args)
-    remove_stale(run)
+    files.remove_stale(run)
     write_png(sheet_path, sheet)
-    write_atomic(adapter_path, (run / STAGES[-1] / "adapter.safetensors").read_bytes())
+    files.write_atomic(adapter_path, (run / STAGES[-1] / "adapter.safetensors").read_bytes())
     text = TEMPLATES.get_template("report.md.j2").render(report=report, run=run)
-    write_atomic(text_path, text.encode())
-    write_json(json_path, report)  # last: it says what the other files were made from
+    files.write_atomic(text_path, text.encode())
+    files.write_json(json_path, report)  # last: it says what the other files were made from
     print(f"{sheet_path}: the sounds and their pictures\n{text_path}, {json_path}: the figures\n"
           f"{adapter_path}: the adapter, for stock diffusers", flush=True)

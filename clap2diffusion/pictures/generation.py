@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clap2diffusion.base import files, hub
 from clap2diffusion.base.device import DTYPES, pick_device
 from clap2diffusion.base.exits import UserError
-from clap2diffusion.base.files import write_atomic
-from clap2diffusion.base.hub import fingerprint, resolve_model
 from clap2diffusion.dataset.decoding import SILENT_PEAK, decode_audio
 from clap2diffusion.dataset.encoders import CLAPAudioEncoder
 from clap2diffusion.pictures import heat_maps, inputs
@@ -26,8 +25,8 @@ from clap2diffusion.pictures.sheets import tile, write_png
 def load_clap(name: str, facts: dict, adapter_path: Path) -> CLAPAudioEncoder:
     """The CLAP encoder that the adapter was trained with, from `name` ('' = where it was in training).
     Raises UserError: it is missing, or its fingerprint is not the adapter's."""
-    folder = resolve_model(name or facts["clap_model"], "CLAP model")
-    found, expected = fingerprint(folder), facts["fingerprints"]["clap"]
+    folder = hub.resolve_model(name or facts["clap_model"], "CLAP model")
+    found, expected = hub.fingerprint(folder), facts["fingerprints"]["clap"]
     if found != expected:
         raise UserError(f"{folder}: is CLAP {found}, but {adapter_path} was trained with CLAP {expected} "
                         f"({facts['clap_model']}); give that one with --clap-model")
@@ -52,8 +51,8 @@ def embed(encoder: CLAPAudioEncoder, path: str, start_s: float = 0.0) -> Tensor:
 
 
 def mix(waveforms: list[np.ndarray], weights: list[float]) -> np.ndarray:
-    """Mix sounds (samples,) as air does: the sum of w_i / max(w) * waveform_i, float32, as long as the
-    longest. A sound of weight 0 is left out. A mix beyond full scale is scaled down to a peak of 1."""
+    """Mix sounds (samples,) of one rate as air does: the sum of w_i / max(w) * waveform_i, float32, as long
+    as the longest. A sound of weight 0 is left out. A mix beyond full scale is scaled down to a peak of 1."""
     heard = [(waveform, weight) for waveform, weight in zip(waveforms, weights, strict=True) if weight > 0]
     mixture = np.zeros(max(len(waveform) for waveform, _ in heard))
     for waveform, weight in heard:
@@ -156,7 +155,7 @@ def write(args: argparse.Namespace, request: argparse.Namespace, images: list, m
     for path, image, found, note in zip(paths, images, maps, notes):
         content, sheet = io.BytesIO(), path.with_stem(f"{path.stem}-attention")
         np.savez(content, **found)
-        write_atomic(sheet.with_suffix(".npz"), content.getvalue())
+        files.write_atomic(sheet.with_suffix(".npz"), content.getvalue())
         write_png(sheet, tile(*heat_maps.overlays(image, found), columns=5), {**settings, **note})
         print(f"{sheet}: where the sound acted", flush=True)
     if args.interpolate or args.every:

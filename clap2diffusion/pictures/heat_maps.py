@@ -6,7 +6,7 @@
 
 Both kinds of map are means over the sampling steps, of the rows with text and sound alone.
 total: the attention probabilities of each audio token, mean over heads and layers (as in Prompt-to-Prompt,
-Hertz et al. 2022). At every place they sum to 1: which token a place looked at, not how much sound counted.
+Hertz et al. 2022). At a place they sum to 1 over the tokens: which one it looked at, not how much.
 all: how much the sound counted. A layer adds scale * (to_out(attend(q, sound)) - to_out(attend(q, null
 audio))) to its features. Its mean over the places says nothing about where, so it is subtracted, and the
 length of what remains is the map, divided by its mean. `all` leaves out the smallest layers: on the default a

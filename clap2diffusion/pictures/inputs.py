@@ -51,8 +51,9 @@ def scale_of_gate(gate: float, facts: dict, adapter_path: Path) -> float:
 
 
 def check_request(args: argparse.Namespace, most_pictures: int) -> argparse.Namespace:
-    """Look at --out, the sounds, the adapter, --init-image and the base model, in this order. Returns paths,
-    the adapter's facts, the audio scale, `size` in pixels, `init_image` (3, size, size) in [-1, 1] or None.
+    """Look at --out, the sounds, the adapter, --init-image and the base model, in this order. Returns the
+    paths `out`, `adapter_path` and `base`, the adapter's `facts`, `audio_scale`, `size` in pixels, and
+    `init_image` (3, size, size) in [-1, 1] or None.
     Raises UserError: the first that is missing or cannot be used, or a storyboard above most_pictures."""
     out = Path(args.out)
     if out.suffix.lower() != ".png":

@@ -26,8 +26,9 @@ MOST_DIFFERENCE = 1e-4  # of stock diffusers' prediction from ours
 
 def load_stock_pipeline(base_dir: Path, adapter_path: Path, device: str = "cpu", dtype=torch.float32,
                         scheduler: str = "base", **parts):
-    """diffusers' StableDiffusionPipeline with the exported file; `parts` replace its own. SCHEDULERS for few
-    steps (DPM-Solver++, Lu et al. 2022; UniPC, Zhao et al. 2023) keep the base model's noise schedule."""
+    """diffusers' StableDiffusionPipeline with the exported file; `parts` replace its own. scheduler: the base
+    model's own, or one of SCHEDULERS for few steps (DPM-Solver++, Lu et al. 2022; UniPC, Zhao et al. 2023),
+    on the base model's noise schedule."""
     quiet_libraries()
     parts = {"safety_checker": None, "requires_safety_checker": False, "feature_extractor": None, **parts}
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(base_dir, dtype=dtype, **parts)
@@ -73,8 +74,9 @@ def write_adapter(path: Path, weights: dict[str, nn.Module], unet: nn.Module, he
 def check_export(adapter_path: Path, base_dir: Path, weights: dict[str, nn.Module], unet: nn.Module,
                  batch: dict[str, Tensor]) -> float:
     """The largest difference of a stock pipeline's prediction from our own, on the CPU in float32, relative
-    to the largest predicted value if that is above 1; RunFailed above MOST_DIFFERENCE. The modules stay
-    there. batch: noisy_latents (B, C, h, w), timesteps (B,), text_tokens (B, L, D), audio_embeds (B, E)."""
+    to the largest predicted value if that is above 1. Raises RunFailed: it is above MOST_DIFFERENCE. The
+    modules stay there, since nothing trains them any more. batch: noisy_latents (B, C, h, w), timesteps (B,),
+    text_tokens (B, L, D), audio_embeds (B, E)."""
     pipe = load_stock_pipeline(base_dir, adapter_path, vae=None, text_encoder=None, tokenizer=None)
     if next(unet.parameters()).dtype != torch.float32:  # held in fewer bits; its LoRA stays as trained
         for name, module in list(unet.named_modules()):

@@ -15,8 +15,8 @@ import soundfile
 import soxr
 from tqdm import tqdm
 
+from clap2diffusion.base import files
 from clap2diffusion.base.exits import UserError
-from clap2diffusion.base.files import write_atomic, write_json
 from clap2diffusion.base.workers import in_processes
 from clap2diffusion.dataset.manifest import SPLITS, begin_data_folder, write_manifest
 from clap2diffusion.pictures.sheets import write_png
@@ -55,7 +55,7 @@ def make_example(job: tuple[Path, int, int, int, tuple[str, ...]]) -> dict:
            "properties": {"density": state.density, "sources": [vars(source) for source in state.sources]}}
     sound = io.BytesIO()
     soundfile.write(sound, sound_world.synthesise(state), SAMPLING_RATE, subtype="PCM_16", format="WAV")
-    write_atomic(out / row["audio_file_name"], sound.getvalue())
+    files.write_atomic(out / row["audio_file_name"], sound.getvalue())
     write_png(out / row["image_file_name"], sound_world.draw_scene(state))
     return row
 
@@ -63,15 +63,15 @@ def make_example(job: tuple[Path, int, int, int, tuple[str, ...]]) -> dict:
 def make_world(args: argparse.Namespace) -> None:
     """Write the sound world. After a stop the same command writes the files again, with the same bytes."""
     out, sizes = Path(args.out), {split: getattr(args, split) for split in SPLITS}
-    settings, began = {"made_by": "world", "seed": args.seed, **sizes}, time.time()
+    settings = {"made_by": "world", "seed": args.seed, **sizes}
     held = begin_data_folder(out, settings)
     if held is None:
         return
     with held:
-        jobs = [(out, args.seed, index, i, labels) for index, split in enumerate(SPLITS)
-                for i, labels in enumerate(plan_labels(split, sizes[split]))]
+        began, jobs = time.time(), [(out, args.seed, index, i, labels) for index, split in enumerate(SPLITS)
+                                    for i, labels in enumerate(plan_labels(split, sizes[split]))]
         rows = in_processes(make_example, jobs, args.workers, "sound world", "example")
-        write_json(out / "labels.json", {label: {language: sound_world.class_caption((label,), language)
+        files.write_json(out / "labels.json", {label: {language: sound_world.class_caption((label,), language)
                                                  for language in ("en", "ko")} for label in CLASSES})
         write_manifest(out, rows, settings)
         megabytes = sum(path.stat().st_size for path in out.rglob("*.*")) / 1e6
@@ -120,8 +120,8 @@ def _copy_stamp(sound: Path, name: str, out: Path, size: int) -> tuple[dict, str
         content = bytes(resvg_py.svg_to_bytes(svg_path=str(picture), **options))
     row = {"image_file_name": f"images/{name}.png", "audio_file_name": f"audio/{name}.ogg",
            "text": words[0].strip(), "label": sound.stem}
-    write_atomic(out / row["image_file_name"], content)
-    write_atomic(out / row["audio_file_name"], sound.read_bytes())
+    files.write_atomic(out / row["image_file_name"], content)
+    files.write_atomic(out / row["audio_file_name"], sound.read_bytes())
     return row, picture.suffix, rate
 
 

@@ -69,7 +69,7 @@ class State:
 
 
 def draw_state(rng, labels: tuple[str, ...] = (), pairs=0.2) -> State:
-    """Draw one example's state: with the sources `labels`, or with random ones, a share `pairs` with two."""
+    """Draw one example's state: the sources `labels`, or any (UNHEARD_PAIRS too), a share `pairs` of two."""
     if not labels:
         labels = rng.choice(CLASSES, 2, replace=False) if rng.random() < pairs else [rng.choice(CLASSES)]
     while True:
