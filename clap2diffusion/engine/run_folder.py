@@ -152,20 +152,19 @@ class RunFolder:
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08d}.safetensors"
 
-    def newest_valid(self) -> int:
-        """The highest step of a valid checkpoint, or -1. Broken ones are named, renamed and passed over."""
+    def newest_valid(self) -> tuple[int, dict, dict[str, Tensor]] | None:
+        """Step, header and tensors of the highest valid checkpoint; broken ones are named and renamed."""
         for step in reversed(self.steps()):
             path = self.checkpoint(step)
             try:
-                tensor_file.read_tensors(path)
-                return step
+                return step, *tensor_file.read_tensors(path)
             except tensor_file.Broken as error:
                 print(f"{error}; falling back to the one before", file=sys.stderr, flush=True)
                 path.rename(f"{path}.broken")  # so that it is not counted among the newest that are kept
         if list(self.checkpoints.glob("*.broken")):
             raise UserError(f"{self.checkpoints}: no checkpoint there is whole; begin anew with --fresh, "
                             "which keeps them")
-        return -1
+        return None
 
     def save(self, step: int, objects: dict, header: dict, keep: int) -> None:
         """Save this step's checkpoint, read it back, and only then drop the ones before the last `keep`."""
@@ -181,10 +180,11 @@ class RunFolder:
 
     def resume(self, objects: dict, header: dict, allow_changed: bool) -> None:
         """Load the newest valid checkpoint, if there is one, after checking that it belongs to this run."""
-        step = processes.largest(self.newest_valid() if processes.first() else -1)
+        found = self.newest_valid() if processes.first() else None
+        step = processes.largest(found[0] if found else -1)
         if step >= 0:
             path = self.checkpoint(step)
-            saved, tensors = tensor_file.read_tensors(path)
+            saved, tensors = found[1:] if found else tensor_file.read_tensors(path)
             for key in ("stage", "fingerprints", "dims", "init"):
                 if saved[key] != header[key]:
                     raise UserError(f"{path}: was made with {key} {saved[key]!r}, this run has "
