@@ -18,6 +18,27 @@ from clap2diffusion.base.exits import RunFailed, UserError
 
 # --- the audio adapter --------------------------------------------------------------------------------------
 
+def whitening(audio_embeds: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean (E,) of sqrt(E) * audio_embeds (n, E), and the matrix (E, E) that whitens them, in float64.
+    ZCA whitening (Bell & Sejnowski 1997) with a Wiener filter: the gain sqrt(v) / (v + f) of a direction of
+    variance v is near 1 / sqrt(v) where v is large, and 0 where v is 0. So nothing is amplified that training
+    never saw. f is a tenth of the mean variance. Silent clips are zeros and no sounds; they are left out.
+
+    Raises UserError: fewer than two clips are not silent, or all sound alike."""
+    x = audio_embeds[audio_embeds.any(-1)].double().cpu() * math.sqrt(audio_embeds.shape[-1])
+    if len(x) < 2:
+        raise UserError(f"the train split has {len(x)} clips that are not silent; expected at least 2; look "
+                        "at the sounds with prepare_data.py check")
+    variances, directions = torch.linalg.eigh(torch.cov(x.T))
+    if variances.sum() < 1e-9 * len(variances):
+        raise UserError("CLAP hears all sounds of the train split alike; expected different ones; look at "
+                        "them with prepare_data.py check, or give another --clap-model")
+    variances = variances.clamp(min=0)
+    gain = variances.sqrt() / (variances + 0.1 * variances.mean())
+    gain *= (len(gain) / (variances * gain ** 2).sum()).sqrt()  # total variance becomes E
+    return x.mean(0), (directions * gain) @ directions.T
+
+
 class AudioProjectionMLP(nn.Module):
     """audio_embeds (B, E) -> audio_tokens (B, N, D): Linear E-2E, GELU, Linear 2E-(N*D), LayerNorm over D.
 
@@ -37,19 +58,12 @@ class AudioProjectionMLP(nn.Module):
     def whiten(self, audio_embeds: Tensor) -> None:
         """Make the first layer whiten the training set's audio_embeds (n, E), and keep it so.
         CLAP's embeddings vary mostly between classes. Pitch and rate lie in directions of less variance,
-        which an unwhitened layer learns last. This is ZCA whitening (Bell & Sejnowski 1997). Variances
-        under a tenth of their mean stay small, since they are noise. NEAR_LINEAR makes the layer's output
-        small. Small inputs keep GELU nearly linear, so the tokens of two sounds add up, even for a pair that
-        training never had. A trained or larger first layer memorises the pairs of training instead."""
-        x = audio_embeds.double().cpu() * math.sqrt(self.input_dim)
-        mean, covariance = x.mean(0), torch.cov(x.T)
-        variances, directions = torch.linalg.eigh(covariance)
-        variances = variances.clamp(min=0)
-        floor = 0.1 * variances.mean()
-        kept = (variances / (variances + floor)).sum()  # total variance after whitening; scale makes it E
-        scale = (variances + floor).rsqrt() * (self.input_dim / kept).sqrt()
+        which an unwhitened layer learns last. NEAR_LINEAR makes the layer's output small. Small inputs keep
+        GELU nearly linear, so the tokens of two sounds add up, even for a pair that training never had. A
+        trained or larger first layer memorises the pairs of training instead. Raises UserError."""
+        mean, filter_matrix = whitening(audio_embeds)
         first = self.proj[0]
-        weight = first.weight.double().cpu() @ (directions * scale) @ directions.T
+        weight = first.weight.double().cpu() @ filter_matrix
         first.weight.copy_(self.NEAR_LINEAR * weight)
         first.bias.copy_(self.NEAR_LINEAR * (first.bias.double().cpu() - weight @ mean))
         first.requires_grad_(False)
@@ -350,24 +364,25 @@ def other_sounds(labels: list[str | None], audio_embeds: Tensor, seed: int) -> l
 
 @torch.inference_mode()
 def validation_losses(predict, val, scheduler, device, autocast, cfg,
-                      sounds: tuple[str, ...] = ("right", "silence", "other")) -> dict[str, np.ndarray]:
-    """Loss of each validation clip with each sound, on fixed noise and timesteps: {sound: (n,) float64}.
+                      sounds: tuple[str, ...] = ("right", "silence", "other")) -> tuple[dict, np.ndarray]:
+    """Loss of each validation clip with each sound, {sound: (n, draws)}, and the timesteps (n, draws).
     predict(noisy_latents, timesteps, text_tokens, audio_embeds) -> pred. Silence is the null audio, the zero
     embedding. The caption is empty, so that no class name explains what only the sound should. A clip shows
-    its plain view, the posterior's mean and its first window, at `val_draws` timesteps, one from each equal
-    part of the schedule. No loss weights."""
-    n = min(len(val), cfg.val_clips or len(val))
-    rows = [val[i] for i in range(n)]
+    its plain view, the posterior's mean and its first window, with fixed noise at `val_draws` timesteps, one
+    from each equal part of the schedule. No loss weights."""
+    chosen = statistics.stratified([row["label"] for row in val.rows], cfg.val_clips)
+    n, rows = len(chosen), [val[i] for i in chosen]
     right = torch.stack([row["audio_embeds"][0] for row in rows])  # (n, E)
-    others = other_sounds([row["label"] for row in val.rows[:n]], right, cfg.seed)
+    others = other_sounds([val.rows[i]["label"] for i in chosen], right, cfg.seed)
     embeds = {"right": right, "silence": torch.zeros_like(right), "other": right[others]}
     latents = torch.stack([row["latents_mean"][0] for row in rows])  # (n, C, h, w)
-    part = scheduler.config.num_train_timesteps // cfg.val_draws
-    losses = {sound: np.zeros(n) for sound in sounds}
+    part, drawn = scheduler.config.num_train_timesteps // cfg.val_draws, []
+    losses = {sound: np.zeros((n, cfg.val_draws)) for sound in sounds}
     for draw in range(cfg.val_draws):
         generator = torch.Generator().manual_seed(cfg.seed * 1000 + draw)
         noise = torch.randn(latents.shape, generator=generator)
         timesteps = torch.randint(draw * part, (draw + 1) * part, (n,), generator=generator)
+        drawn.append(timesteps.numpy())
         for at in range(0, n, cfg.val_batch_size):
             chunk = slice(at, min(n, at + cfg.val_batch_size))
             x, eps, t = latents[chunk].to(device), noise[chunk].to(device), timesteps[chunk].to(device)
@@ -376,20 +391,28 @@ def validation_losses(predict, val, scheduler, device, autocast, cfg,
             for sound in sounds:
                 with autocast():
                     pred = predict(noisy_latents, t, text_tokens, embeds[sound][chunk].to(device))
-                losses[sound][chunk] += mse_per_sample(pred, target).double().cpu().numpy() / cfg.val_draws
-    return losses
+                losses[sound][chunk, draw] = mse_per_sample(pred, target).double().cpu().numpy()
+    return losses, np.stack(drawn, 1)
 
 
-def validate(predict, val, scheduler, device, autocast, cfg) -> dict[str, list[float]]:
+def validate(predict, val, scheduler, device, autocast, cfg) -> dict[str, list]:
     """[mean, low, high] of the loss with each sound, and of silence and other minus right, paired by clip,
-    each with its 95 % interval. Rank 0 measures, the others wait; all get its numbers and decide alike."""
+    each with its 95 % interval. The same of val_right on the noisier half of the timesteps (`_noisy`), and of
+    what is told by the right sound on each quarter of them (`_by_quarter`, the noisiest last): layout is
+    decided where there is much noise, while the mean is of steps that no sound can change.
+    Rank 0 measures, the others wait; all get its numbers and decide alike."""
     if not processes.first():
         return processes.of_first(None)
-    losses = validation_losses(predict, val, scheduler, device, autocast, cfg)
-    result = {f"val_{sound}": statistics.interval(values) for sound, values in losses.items()}
-    for sound in ("silence", "other"):
-        result[f"{sound}_minus_right"] = statistics.interval(losses[sound] - losses["right"])
-    return processes.of_first(result)
+    losses, timesteps = validation_losses(predict, val, scheduler, device, autocast, cfg)
+    quarter = timesteps * 4 // scheduler.config.num_train_timesteps
+    told = {"val_right": losses["right"], **{f"{sound}_minus_right": losses[sound] - losses["right"]
+                                             for sound in ("silence", "other")}}
+    result = {f"val_{sound}": statistics.interval(values.mean(1)) for sound, values in losses.items()}
+    result |= {name: statistics.interval(values.mean(1)) for name, values in told.items()}
+    result["val_right_noisy"] = statistics.interval_where(losses["right"], quarter >= 2)
+    return processes.of_first(result | {
+        f"{name}_by_quarter": [statistics.interval_where(values, quarter == q) for q in range(4)]
+        for name, values in told.items()})
 
 
 # --- checkpoints: base/tensor_file.py writes and reads the bytes, engine/run_folder.py keeps the files ------

@@ -12,7 +12,7 @@ it stopped. A run with three finished stages also gets samples.png, report.json,
 import argparse
 from pathlib import Path
 
-from clap2diffusion.base.exits import run_main
+from clap2diffusion.base.exits import UserError, run_main
 from clap2diffusion.base.settings import GUIDANCE, SCHEDULERS, SEED, Number, new_parser
 
 QUICK_CLIPS = 100
@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--against", default="", help="another run to compare with, on the same clips and noise ('' = none)")
     add("--data-root", default="", help="folder with metadata.jsonl ('' = the one the run was trained on)")
     add("--split", choices=("train", "val", "test"), default="test", help="which clips")
-    add("--clips", type=Number(int, 0), default=0, help="clips, evenly spread over the split (0 = all)")
+    add("--clips", type=Number(int, 0), default=0, help="clips, each label by its share (0 = all)")
     add("--quick", action="store_true",
         help=f"{QUICK_CLIPS} clips, no mixtures, half the noises: under two minutes on the default")
     # the judge
@@ -38,6 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--columns", type=Number(int, 1, 32), default=10,
         help="held-out sounds on the sheet, one a label if it can be")
     add("--guidance", type=Number(float, 1, 100), default=GUIDANCE, help="classifier-free guidance; 1 = none")
+    add("--guidance-sweep", type=Number(float, 1, 100), nargs="+", default=[],
+        help="guidances to try on 100 validation clips; the best one takes the place of --guidance")
     add("--steps", type=Number(int, 1, 1000), default=25, help="sampling steps")
     add("--scheduler", choices=[*SCHEDULERS], default="base",
         help="base = the base model's own; dpm, unipc: made for few steps")
@@ -56,6 +58,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
+    if args.guidance_sweep and args.split == "val":
+        raise UserError("--guidance-sweep chooses on the validation clips, so they cannot judge its choice; "
+                        "leave it or --split val out")
+    if args.guidance_sweep and args.against:
+        raise UserError("--guidance-sweep chooses for one run, which would be unfair to the other; give "
+                        "--guidance with --against")
     args.clips = args.clips or (QUICK_CLIPS if args.quick else 0)
     from clap2diffusion.judging.clips import check_run
     finished = check_run(args)

@@ -5,11 +5,13 @@
 
 default.json is configs/tiny.json with fewer steps; every other config differs from it in the one thing it
 asks about. A variant is trained through the stages named in VARIANTS and judged after the last of them,
-against the default after the same stage. Clips of all seeds are pooled; differences are paired by (seed,
-clip). Each stage's folder under --out keeps its judged-*.json, from which ablations/results.md is written.
+against the default after the same stage, paired by seed and clip. Intervals hold for other clips and other
+seeds (metrics.over_clips_and_seeds). Each stage's folder under --out keeps its judged-*.json, from which
+ablations/results.md is written.
 `appended` is train_stage1.py copied and changed by appended.patch."""
 
 import argparse
+import hashlib
 import io
 import json
 import shutil
@@ -21,6 +23,7 @@ import diffusers
 import numpy as np
 import soundfile
 import torch
+from scipy.stats import false_discovery_control
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -30,10 +33,10 @@ import evaluate  # noqa: E402
 from clap2diffusion.base import files, hub, statistics, tensor_file  # noqa: E402
 from clap2diffusion.base.exits import RunFailed, UserError, run_main  # noqa: E402
 from clap2diffusion.base.settings import Number, new_parser  # noqa: E402
+from clap2diffusion.judging import metrics  # noqa: E402
 from clap2diffusion.judging.clips import Clips  # noqa: E402
 from clap2diffusion.judging.evaluation import Judged, Subject, follow_properties  # noqa: E402
 from clap2diffusion.judging.judge import Judge  # noqa: E402
-from clap2diffusion.judging.metrics import bootstrap_spearman  # noqa: E402
 from clap2diffusion.pictures.generation import embed, load_clap  # noqa: E402
 from clap2diffusion.world import measure, sound_world  # noqa: E402
 
@@ -55,9 +58,9 @@ VARIANTS = {  # name: (question, stages trained); none: the default's stage 3 un
     "gate-0": ("tanh(gate) 0: no sound, LoRA alone", ()),
     "gate-sweep-minimum": ("tanh(gate) at the sweep's minimum", ()),
     "gate-1": ("tanh(gate) 1", ())}
-MEASURES = {"top1_en": "top-1", "pairs": "both of two found", "rho_loudness": "rho loudness",
-            "rho_pitch": "rho pitch", "rho_rate": "rho rate", "rho_density": "rho density",
-            "iis_cosine": "IIS cosine"}
+MEASURES = {"top1_en": "top-1", "both": "both of two found", "one": "at least one",
+            "rho_loudness": "rho loudness", "rho_pitch": "rho pitch", "rho_rate": "rho rate",
+            "rho_density": "rho density", "iis_cosine": "IIS cosine"}
 
 
 def make_long_world(world: Path, out: Path) -> None:
@@ -127,10 +130,11 @@ def appended_pictures(path: Path, clips: Clips, options: argparse.Namespace) -> 
     return images
 
 
-def judge_run(folder: Path, name: str, judged: Judged, n: int, gate: float | None = None) -> dict[str, list]:
+def judge_run(folder: Path, name: str, judged: Judged, gate: float | None = None) -> dict[str, list]:
     """Per-clip values of the right sound's pictures, {measure: list}; of a rho [in the sound, measured]. A
-    file for n clips in the folder keeps them. Raises UserError: too few clips for a rho."""
-    kept = folder / f"judged-{n}{'' if gate is None else f'-{gate:.2f}'}.json"
+    file in the folder keeps them, named by clips and measures. Raises UserError: too few clips for a rho."""
+    what = hashlib.sha256(repr([[row.id for row in judged.clips.rows], [*MEASURES]]).encode()).hexdigest()
+    kept = folder / f"judged-{what[:8]}{'' if gate is None else f'-{gate:.2f}'}.json"
     if kept.exists():
         return files.read_json(kept)
     clips, everyone = judged.clips, list(range(len(judged.clips.rows)))
@@ -144,7 +148,8 @@ def judge_run(folder: Path, name: str, judged: Judged, n: int, gate: float | Non
         images = subject.pictures("right", subject.audio_embeds, everyone)
     values = judged.measures(judged.judge.images(images))
     found = {key: values[key].tolist() for key in ("top1_en", "iis_cosine")}
-    found["pairs"] = [float(v) for key in ("pairs_heard", "pairs_unheard") for v in values.get(key, ())]
+    for name in ("both", "one"):
+        found[name] = [value for kind in ("heard", "unheard") for value in values.get(f"{name}_{kind}", ())]
     properties, _ = follow_properties(clips, {"right": images, "other": images}, everyone, measure)
     if not properties:
         raise UserError(f"{clips.data_root}: fewer than 10 of the {len(everyone)} clips hold one sound, too "
@@ -153,18 +158,36 @@ def judge_run(folder: Path, name: str, judged: Judged, n: int, gate: float | Non
     return files.read_json(kept)
 
 
-def pooled(runs: list[dict], key: str) -> tuple[float, np.ndarray]:
-    """A measure over the clips of all seeds and its resampled values."""
-    values = np.concatenate([np.asarray(seed[key], float) for seed in runs])
-    return bootstrap_spearman(values) if key.startswith("rho") else statistics.bootstrap(values)
+def estimates(runs: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """A measure of each seed's run (S,), and its resampled values (S, 2000): the same clips in every seed."""
+    resampled = metrics.bootstrap_spearman if key.startswith("rho") else statistics.bootstrap
+    values, draws = zip(*(resampled(np.asarray(run[key])) for run in runs))
+    return np.array(values), np.array(draws)
 
 
-def cell(variant: list[dict], default: list[dict], key: str) -> str:
-    """A variant's value and its paired difference to the default, bold where the interval excludes 0."""
-    a, b = pooled(variant, key), pooled(default, key)
-    value, low, high = statistics.summary(a[0] - b[0], a[1] - b[1])
-    text = f"{a[0]:.3f} ({value:+.3f} [{low:+.3f}, {high:+.3f}])"
-    return f"**{text}**" if low > 0 or high < 0 else text
+def compare(variant: list[dict], default: list[dict]) -> list[dict]:
+    """Of each measure the variant's `value`, its `difference` [mean, low, high] to the default, each seed's
+    own (`by_seed`), and the `p` of the difference."""
+    found = []
+    for key in MEASURES:
+        (a, draws_a), (b, draws_b) = estimates(variant, key), estimates(default, key)
+        n, draws = len(variant[0][key]), (draws_a - draws_b).mean(0)
+        difference, p = metrics.over_clips_and_seeds(a - b, draws, n)
+        found.append({"value": a.mean(), "difference": difference, "by_seed": a - b, "p": p})
+    return found
+
+
+def show(rows: list[list[dict]]) -> list[list[str]]:
+    """The cells of a table of compare()'s rows. Bold is what is left of p < 0.05 after the correction for all
+    the comparisons in it (false discovery rate, Benjamini & Hochberg 1995)."""
+    corrected = iter(false_discovery_control([cell["p"] for row in rows for cell in row]))
+
+    def cell(found: dict) -> str:
+        value, low, high = found["difference"]
+        text = f"{found['value']:.3f}<br>{value:+.3f} [{low:+.3f}, {high:+.3f}]"
+        text = "<br>".join(f"**{line}**" for line in text.split("<br>")) if next(corrected) < 0.05 else text
+        return f"{text}<br>{', '.join(f'{one:+.3f}' for one in found['by_seed'])}"
+    return [[cell(found) for found in row] for row in rows]
 
 
 def main() -> None:
@@ -172,7 +195,7 @@ def main() -> None:
     add = parser.add_argument
     add("--only", nargs="+", choices=[*VARIANTS], default=[*VARIANTS], help="variants to run")
     add("--seeds", nargs="+", type=Number(int, 0), default=[0, 1, 2], help="training seeds")
-    add("--clips", type=Number(int, 15), default=100, help="test clips judged, evenly spread over the split")
+    add("--clips", type=Number(int, 15), default=100, help="test clips judged, each label by its share")
     add("--out", default="runs/ablations", help="folder of the runs")
     args = parser.parse_args()
     out, settings = Path(args.out), files.read_json(HERE / "default.json")["common"]
@@ -181,17 +204,18 @@ def main() -> None:
         train("default", seed, (1, 2, 3), out, folder)
     judged = Judged(Judge("assets/tiny/judge"),
                     Clips(settings["data_root"], "test", args.clips, settings["image_size"]))
-    lines = [f"`python ablations/run.py`, seeds {', '.join(map(str, args.seeds))}, {args.clips} test clips "
-             "each, pooled; value and difference to the default after the same stage, paired, 95 % interval; "
-             "bold where it excludes 0.", "",
-             f"| variant | judged after | {' | '.join(MEASURES.values())} | tanh(gate) |",
-             "|---|---|" + "---|" * (len(MEASURES) + 1)]
-    after = {}
+    head = [f"`python ablations/run.py`, seeds {', '.join(map(str, args.seeds))}, the same {args.clips} test "
+            "clips for each. In a cell: the mean over the seeds; its difference to the default after the "
+            "same stage, paired, with the 95 % interval over clips and seeds (min F'); each seed's own "
+            "difference. Bold: p < 0.05, corrected for the table's comparisons (Benjamini-Hochberg).", "",
+            f"| variant | judged after | {' | '.join(MEASURES.values())} | tanh(gate) |",
+            "|---|---|" + "---|" * (len(MEASURES) + 1)]
+    after, names, rows = {}, [], []
     for stage in (1, 2, 3):
-        after[stage] = [judge_run(folder / f"stage{stage}", "default", judged, args.clips)
+        after[stage] = [judge_run(folder / f"stage{stage}", "default", judged)
                         for folder in defaults.values()]
-        cells = [f"{pooled(after[stage], key)[0]:.3f}" for key in MEASURES]
-        lines.append(f"| default | stage {stage} | {' | '.join(cells)} | |")
+        cells = [f"{estimates(after[stage], key)[0].mean():.3f}" for key in MEASURES]
+        head.append(f"| default | stage {stage} | {' | '.join(cells)} | |")
     for name in args.only:
         question, stages = VARIANTS[name]
         found, gates, last = [], [], (stages or (3,))[-1]
@@ -200,14 +224,15 @@ def main() -> None:
             result = files.read_json(folder / "result.json")
             gate = {"gate-0": 0.0, "gate-1": 1.0}.get(name)
             if name == "gate-sweep-minimum":
-                gate = min(result["sweep_after"], key=lambda row: row["loss"])["tanh_gate"]
-            found.append(judge_run(folder, name, judged, args.clips, gate))
-            gates += [result["tanh_gate"] if gate is None else gate] if last == 3 else []
-        cells, gates = [cell(found, after[last], key) for key in MEASURES], [f"{gate:.2f}" for gate in gates]
-        lines.append(f"| {question} | stage {last} | {' | '.join(cells)} | {', '.join(gates)} |")
-        files.write_atomic(HERE / "results.md", ("\n".join(lines) + "\n").encode())
+                gate = min(result["sweep_after"], key=lambda row: row["right"][0])["tanh_gate"]
+            found.append(judge_run(folder, name, judged, gate))
+            gates += [f"{result['tanh_gate'] if gate is None else gate:.2f}"] if last == 3 else []
+        rows.append(compare(found, after[last]))
+        names.append((f"| {question} | stage {last} |", ", ".join(gates)))
+        lines = [f"{begin} {' | '.join(row)} | {gates} |" for (begin, gates), row in zip(names, show(rows))]
+        files.write_atomic(HERE / "results.md", ("\n".join(head + lines) + "\n").encode())
         print(lines[-1], flush=True)
-    print("\n".join(lines))
+    print("\n".join(head + lines))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from clap2diffusion.pictures.pipelines import load_stock_pipeline
 
 QUALITY = (*(("base", steps) for steps in (25, 12, 8, 4)), ("dpm", 8), ("dpm", 4), ("unipc", 8), ("unipc", 4))
 TITLES = {"top1_en": "top-1", "iis_cosine": "image similarity, cosine", "recall_at_1": "R@1",
-          "pairs_heard": "both, heard pairs", "pairs_unheard": "both, unheard pairs"}
+          "both_heard": "both, heard pairs", "both_unheard": "both, unheard pairs"}
 PARSER = tools.bench_parser(__doc__, repeats=7, batch_size=8, image_size=64)
 add = PARSER.add_argument
 add("--only", nargs="+", choices=("time", "quality"), default=["time", "quality"], help="what to measure")

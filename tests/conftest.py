@@ -205,7 +205,7 @@ def write_config(path: Path, world: Path, run: Path, cache: Path, **common) -> P
                                "samples": 0, "save_every": 3, "log_every": 1, "keep": 3, **common},
                     "stage1": {"steps": 10, "learning_rate": 1e-3, "warmup_steps": 2, "validate_every": 5},
                     "stage2": {"steps": 10, "learning_rate": 1e-3, "validate_every": 5, "ema_decay": 0.9},
-                    "stage3": {"steps": 10, "validate_every": 0}}))
+                    "stage3": {"steps": 10, "validate_every": 0, "require_proof": False}}))
     return path
 
 

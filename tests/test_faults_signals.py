@@ -361,7 +361,8 @@ def chain_place(d: Path, setup: bool = False) -> Path:
     config["common"] |= {"batch_size": 4, "val_draws": 1, "samples": 1, "precision": "fp32", "log_every": 1,
                          "save_every": 2}
     config |= {"data": ["world", "--train", "40", "--val", "10", "--test", "10"],
-               "stage1": {"steps": 30, "validate_every": 0}, "stage2": {"steps": 2}, "stage3": {"steps": 2}}
+               "stage1": {"steps": 30, "validate_every": 0}, "stage2": {"steps": 2},
+               "stage3": {"steps": 2, "require_proof": False}}
     config.pop("evaluate")
     (place / "tiny.json").write_text(json.dumps(config))
     return place

@@ -25,7 +25,8 @@ def settings(place: Path, world: Path) -> Path:
                     "base_model": str(BASE), "clap_model": str(CLAP), "batch_size": 4, "precision": "fp32",
                     "val_draws": 1, "val_clips": 2, "samples": 0, "log_every": 1, "validate_every": 0},
          "stage1": {"steps": 20, "learning_rate": 3e-4, "warmup_steps": 2, "min_snr_gamma": 5.0},
-         "stage2": {"steps": 20, "learning_rate": 3e-4}, "stage3": {"steps": 20, "learning_rate": 0.1}}))
+         "stage2": {"steps": 20, "learning_rate": 3e-4},
+         "stage3": {"steps": 20, "learning_rate": 0.1, "require_proof": False}}))
     return config
 
 

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from clap2diffusion.base.statistics import RESAMPLES, bootstrap, interval, summary
+from clap2diffusion.base.statistics import RESAMPLES, bootstrap, interval, stratified, summary
 from clap2diffusion.judging.metrics import (
-    both_found,
     cmmd,
     compare,
     distinct_share,
+    found_of_two,
+    over_clips_and_seeds,
     pairwise_distance,
     ranks_of_truth,
     spearman,
@@ -67,21 +68,46 @@ def test_a_constant_judge_is_never_right():
     assert (win_rates(similarity, truth) == 0.5).all()
 
 
-def test_both_found_wants_the_two_best_in_any_order():
+def test_found_of_two_wants_the_two_best_in_any_order():
     similarity = np.array([[0.1, 0.9, 0.8, 0.0], [0.9, 0.1, 0.2, 0.8], [0.5, 0.6, 0.4, 0.1]])
-    assert both_found(similarity, [{2, 1}, {0, 1}, {0, 1}]).tolist() == [1, 0, 1]
-    noise = both_found(RNG.standard_normal((20000, 10)), [{0, 1}] * 20000).mean()
-    assert noise == pytest.approx(1 / math.comb(10, 2), abs=0.004)
+    assert found_of_two(similarity, [{2, 1}, {0, 1}, {0, 1}]).tolist() == [2, 1, 2]
+    noise = RNG.standard_normal((20000, 10))
+    found = found_of_two(noise, [{0, 1}] * 20000)
+    assert (found == 2).mean() == pytest.approx(1 / math.comb(10, 2), abs=0.004)
+    assert (found >= 1).mean() == pytest.approx(1 - math.comb(8, 2) / math.comb(10, 2), abs=0.01)
+    noise[:, 0] = 9.0  # a generator that draws the first of the two, always
+    assert (found_of_two(noise, [{0, 1}] * 20000) == 2).mean() == pytest.approx(1 / 9, abs=0.007)
 
 
-def slow_cmmd(x, y) -> float:
-    """Jayasumana et al. 2024, eq. 4, term by term."""
+def test_a_choice_by_label_keeps_the_labels_shares_however_the_rows_are_sorted():
+    labels = [name for name, many in (("a", 600), ("b", 300), ("c", 90), ("d", 10)) for _ in range(many)]
+    for seed in range(5):
+        chosen = stratified(labels, 100, seed)
+        assert chosen == sorted(set(chosen)) and len(chosen) == 100
+        of = {name: [i for i in chosen if labels[i] == name] for name in "abcd"}
+        assert [len(of[name]) for name in "abcd"] == pytest.approx([60, 30, 9, 1], abs=1)
+        assert np.mean(of["a"]) == pytest.approx(300, abs=90)  # not its first ones
+    assert stratified(labels, 100, 0) != stratified(labels, 100, 1)
+    classes = [i // 50 for i in range(309 * 50)]  # VGGSound's, sorted by class
+    assert len({classes[i] for i in stratified(classes, 200)}) == 200
+    assert len({classes[i] for i in stratified(classes, 700)}) == 309
+    rare = ["common"] * 500 + [f"rare {i}" for i in range(500)]
+    assert sum(rare[i] != "common" for i in stratified(rare, 250)) == pytest.approx(125, abs=30)
+    chosen = [stratified([*"aaaaaaabbc"], 4, seed) for seed in range(2000)]
+    shares = np.bincount(np.concatenate(chosen)) / 2000
+    assert shares == pytest.approx(np.full(10, 0.4), abs=0.05)  # every place has the same chance
+    assert stratified(labels, 0) == stratified(labels, 1000) == [*range(1000)]
+
+
+def slow_cmmd(x, y, shared=()) -> float:
+    """Jayasumana et al. 2024, eq. 4, term by term, without the pairs of one clip."""
     def k(a, b):
         return math.exp(-sum((p - q) ** 2 for p, q in zip(a, b, strict=True)) / (2 * 10 ** 2))
     n, m = len(x), len(y)
     within_x = sum(k(x[i], x[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
     within_y = sum(k(y[i], y[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
-    between = sum(k(a, b) for a in x for b in y) / (n * m)
+    different = [(i, j) for i in range(n) for j in range(m) if (i, j) not in shared]
+    between = sum(k(x[i], y[j]) for i, j in different) / len(different)
     return 1000 * (within_x + within_y - 2 * between)
 
 
@@ -93,6 +119,56 @@ def test_cmmd_is_the_papers_and_unbiased():
     same = np.mean([cmmd(unit(20, 4), unit(20, 4))[0] for _ in range(200)])
     biased = 2 * 1000 / 20 * (1 - np.exp(-2 / 200))  # about what keeping the diagonal would add
     assert abs(same) < 0.05 * biased  # equal distributions: 0 on average
+
+
+def test_cmmd_leaves_out_pairs_of_one_clip():
+    x, others = unit(8, 5), [3, 0, 5, 1, 2, 7, 4, 6]
+    own = np.eye(8, dtype=bool)
+    pairs = {(i, i) for i in range(8)}
+    assert cmmd(x, x, own)[0] == pytest.approx(slow_cmmd(x, x, pairs), abs=1e-9) == pytest.approx(0, abs=1e-9)
+    y = unit(8, 5)
+    assert cmmd(x, y, own | own[others])[0] == pytest.approx(
+        slow_cmmd(x, y, pairs | {(i, j) for i, j in enumerate(others)}), rel=1e-9)
+
+
+@pytest.mark.parametrize("paired", (True, False, "by class"))
+@pytest.mark.parametrize("n", (50, 100, 300))
+def test_cmmd_of_equal_distributions_has_0_in_its_interval(n, paired):
+    """Paired: picture i and real picture i show one clip, as with the right sound. By class: they show two
+    clips of one class, as the reference of real pictures."""
+    inside = []
+    for seed in range(8):
+        rng = np.random.default_rng([n, seed])
+        classes = np.array([3 * rng.standard_normal(32) for _ in range(10)])
+
+        def draw(clips, rng=rng):
+            x = clips + 0.3 * rng.standard_normal((n, 32))
+            return x / np.linalg.norm(x, axis=1, keepdims=True)
+        kinds, others = rng.integers(10, size=n), rng.integers(10, size=n)
+        clips, same, apart = (classes[of] + rng.standard_normal((n, 32)) for of in (kinds, kinds, others))
+        x, y = draw(clips), draw({True: clips, False: apart}.get(paired, same))
+        _, low, high = summary(*cmmd(x, y, np.eye(n, dtype=bool) if paired else None))
+        inside.append(low <= 0 <= high)
+    assert sum(inside) >= 7
+
+
+def test_a_difference_over_clips_and_seeds_is_called_real_in_one_of_twenty_nulls():
+    """Seeds differ among themselves, clips differ among themselves, and the variant has no effect."""
+    rng, bold, over_clips_alone = np.random.default_rng(4), 0, 0
+    for _ in range(600):
+        seeds, clips = rng.standard_normal((3, 1)), rng.standard_normal(60)
+        noise = 0.1 * seeds + 0.1 * clips + rng.standard_normal((3, 60))
+        picks = rng.integers(0, 60, (300, 60))
+        draws = noise.mean(0)[picks].mean(1)
+        (value, low, high), p = over_clips_and_seeds(noise.mean(1), draws, 60)
+        bold += p < 0.05
+        assert (p < 0.05) == (low > 0 or high < 0) and low < value < high
+        over_clips_alone += not np.percentile(draws, 2.5) < 0 < np.percentile(draws, 97.5)
+    assert bold <= 0.05 * 600 < over_clips_alone
+    real = rng.standard_normal((3, 1)) * 0.1 + rng.standard_normal((3, 60)) + 1
+    assert over_clips_and_seeds(real.mean(1), real.mean(0)[picks].mean(1), 60)[1] < 0.05
+    assert over_clips_and_seeds(np.zeros(3), np.zeros(300), 60) == ([0, 0, 0], 1)
+    assert over_clips_and_seeds(np.ones(1), real.mean(0)[picks].mean(1), 60)[1] == 1  # one seed: who knows
 
 
 def test_cmmd_draws_do_not_see_copies_as_likeness():

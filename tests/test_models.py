@@ -11,6 +11,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import BASE, CLAP
 from diffusers import (
     DDPMScheduler,
@@ -21,6 +22,7 @@ from diffusers import (
 
 import common
 from clap2diffusion.base.exits import RunFailed, UserError
+from clap2diffusion.base.statistics import interval
 from clap2diffusion.dataset.encoders import CLAPAudioEncoder
 from clap2diffusion.pictures import pipelines
 from clap2diffusion.pictures.pipelines import check_export, write_adapter
@@ -181,6 +183,24 @@ def test_export_with_a_unet_held_in_bf16_is_compared_with_the_base_in_float32(un
     assert check_export(path, BASE, weights, ours, inputs(unet)) < 1e-4
 
 
+def test_a_fused_clap_is_told_that_no_clip_is_longer_than_its_window(tmp_path):
+    from transformers import ClapConfig, ClapFeatureExtractor, ClapModel
+    torch.manual_seed(0)
+    config = ClapConfig.from_pretrained(CLAP)
+    config.audio_config.enable_fusion, config.audio_config.fusion_type = True, "aff_2d"
+    ClapModel(config).save_pretrained(tmp_path)
+    extractor = ClapFeatureExtractor.from_pretrained(CLAP, truncation="fusion")
+    extractor.save_pretrained(tmp_path)
+    encoder = CLAPAudioEncoder(tmp_path)
+    wave = np.sin(np.arange(100_000) * 0.05).astype(np.float32)
+    found = extractor([wave], sampling_rate=48000, return_tensors="pt")["input_features"]  # (1, 4, T, mels)
+    with torch.inference_mode():
+        right, wrong = (F.normalize(encoder.model(input_features=found, is_longer=torch.tensor([[longer]])
+                                                  ).audio_embeds, dim=-1) for longer in (False, True))
+    torch.testing.assert_close(encoder([wave]), right, atol=1e-5, rtol=1e-4)
+    assert (encoder([wave]) - wrong).abs().max() > 1e-4  # what the extractor alone gives of a single clip
+
+
 def test_clap_embeddings_are_unit_length_repeatable_and_equal_transformers_own():
     from transformers import ClapFeatureExtractor, ClapModel
     encoder = CLAPAudioEncoder(CLAP)
@@ -267,12 +287,39 @@ def test_whitening_makes_faint_directions_as_loud_as_strong_ones():
     variances = torch.cov(((x.double() - x.double().mean(0)) @ folded.T @ rotation.double().T).T).diagonal()
     covariance = torch.cov(x.double().T)
     values = torch.linalg.eigvalsh(covariance)
-    expected = (spread.double() ** 2) / (spread.double() ** 2 + 0.1 * values.mean())
+    expected = (spread.double() ** 2 / (spread.double() ** 2 + 0.1 * values.mean())) ** 2
     assert variances.numpy() == pytest.approx((expected * 16 / expected.sum()).numpy(), rel=0.1, abs=1e-5)
     hidden = proj.proj[0](x).detach() / proj.NEAR_LINEAR
     assert not proj.proj[0].weight.requires_grad and not proj.proj[0].bias.requires_grad
     # as torch's own start
     assert abs(hidden.mean(0)).max() < 0.3 and hidden.std() == pytest.approx(3 ** -0.5, rel=0.2)
+
+
+@pytest.mark.parametrize("n", (58, 2000))
+@pytest.mark.parametrize("power", (1, 2))
+def test_a_whitening_amplifies_nothing_that_training_never_saw(n, power):
+    """A cone of sounds with a power-law spectrum, as CLAP's: hidden activations of held-out sounds."""
+    torch.manual_seed(0)
+    directions, axis = torch.linalg.qr(torch.randn(512, 512))[0], F.normalize(torch.randn(512), dim=0)
+    spectrum = torch.arange(1, 513).double().pow(-power).sqrt()
+    faint = torch.randn(n + 500, 512).double() * spectrum @ directions.double().T
+    x = F.normalize(0.8 * F.normalize(faint, dim=1).float() + axis, dim=1)
+    proj = common.AudioProjectionMLP(512, 8, 2)
+    proj.whiten(torch.cat([x[:n], torch.zeros(n, 512)]))  # as many silent clips, which are no sounds
+    norms = proj.proj[0](x * 512 ** 0.5).norm(dim=1)
+    assert 0.5 < (norms[n:].mean() / norms[:n].mean()).item() < 1.3
+    centre = proj.proj[0](x[:n] * 512 ** 0.5).mean(0)
+    assert centre.abs().max() < 0.3 * norms[:n].mean() / 32  # the sounds', not the zeros'
+    with pytest.raises(UserError, match="1 clips that are not silent"):
+        proj.whiten(torch.cat([x[:1], torch.zeros(9, 512)]))
+
+
+def test_the_help_says_what_an_ema_decay_comes_to():
+    import train_stage2
+    parameter = torch.nn.Parameter(torch.ones(1))
+    said = f"0.9999 is {common.make_ema([parameter], 0.9999).get_decay(7000):.4f} at step 7,000"
+    assert said == "0.9999 is 0.9987 at step 7,000"
+    assert said in " ".join(train_stage2.build_parser().format_help().split())
 
 
 def test_timesteps_are_even_but_for_the_share_asked_for():
@@ -284,6 +331,47 @@ def test_timesteps_are_even_but_for_the_share_asked_for():
     assert (even >= 800).float().mean() == pytest.approx(0.2, abs=0.01)
     assert half.min() == 0 and half.max() == 999
     assert (half >= 800).float().mean() == pytest.approx(0.6, abs=0.01)
+
+
+class SortedClips:
+    """A validation split sorted by class: 20 classes of 30 clips, each embedding names its class."""
+    rows = [{"label": f"class {i // 30}"} for i in range(600)]
+    empty_text_embeds = torch.zeros(4, 8)
+
+    def __getitem__(self, i: int) -> dict:
+        noise = torch.randn(24, generator=torch.Generator().manual_seed(i))
+        embeds = F.normalize(torch.eye(24)[i // 30] + 0.1 * noise, dim=0)
+        return {"audio_embeds": embeds[None], "latents_mean": torch.zeros(1, 2, 4, 4)}
+
+
+def test_validation_takes_clips_of_all_labels_and_tells_losses_by_quarter():
+    from diffusers import DDPMScheduler
+    scheduler, heard, drawn = DDPMScheduler(), [], []
+
+    def predict(noisy_latents, timesteps, text_tokens, audio_embeds):
+        """Wrong by t / 1000 with a sound, by 1 without."""
+        noise = noisy_latents / (1 - scheduler.alphas_cumprod[timesteps]).sqrt()[:, None, None, None]
+        if audio_embeds.any():
+            heard.append(audio_embeds[:, :20].argmax(1))
+            drawn.append(timesteps)
+            return noise + timesteps[:, None, None, None] / 1000
+        return noise + 1
+    cfg = argparse.Namespace(val_clips=20, val_draws=4, val_batch_size=50, seed=0)
+    result = common.validate(predict, SortedClips(), scheduler, torch.device("cpu"), nullcontext, cfg)
+    assert len(heard) == 8 and sorted(heard[0].tolist()) == [*range(20)]  # its first 20 are of one class
+    squares = torch.stack(drawn[::2], 1).double() ** 2 / 1e6  # (20, 4): the right sound's, by draw
+    assert [row[0] for row in result["val_right_by_quarter"]] == pytest.approx(
+        squares.mean(0).tolist(), rel=1e-3)
+    assert result["val_right"][0] == pytest.approx(squares.mean().item(), rel=1e-3)
+    assert result["val_right_noisy"][0] == pytest.approx(squares[:, 2:].mean().item(), rel=1e-3)
+    assert [row[0] for row in result["silence_minus_right_by_quarter"]] == pytest.approx(
+        (1 - squares).mean(0).tolist(), rel=1e-3)
+    assert [row[0] for row in result["other_minus_right_by_quarter"]] == pytest.approx([0] * 4, abs=1e-5)
+    low, high = interval(squares[:, 2:].mean(1).numpy())[1:]
+    assert result["val_right_noisy"][1:] == pytest.approx([low, high], rel=1e-3)
+    cfg.val_draws = 1  # anywhere: some clips in each quarter
+    one = common.validate(predict, SortedClips(), scheduler, torch.device("cpu"), nullcontext, cfg)
+    assert one["val_right_by_quarter"][0][0] < 0.0625 < 0.5625 < one["val_right_by_quarter"][3][0]
 
 
 @pytest.mark.parametrize("prediction", ("epsilon", "v_prediction"))

@@ -67,13 +67,15 @@ def evaluation(tmp_path) -> dict:
     """A small evaluation with every part, its files made on the spot."""
     def measure(title: str, values: list[float], chance: float | None, higher: bool = True) -> dict:
         return {"title": title, "about": f"about {title} {HOSTILE}", "chance": chance, "n": 241,
+                "one_drawn": 0.1111 if title == "mixture" else None,
                 "higher_is_better": higher,
                 **{kind: three(value) for kind, value in zip((*SOUNDS, "real"), values)}}
     clips = make_clips(tmp_path, 100)
     found = {"top1_en": measure("zero-shot top-1", [0.975, 0.09, 0.031, 0.996], 0.1),
              "median_rank": measure("median rank", [9, 148, 190, 1], None, higher=False),
-             "mix_unheard": measure("mixture", [0.383], 0.022)}
-    sweep = [{"tanh_gate": x / 10, "loss": 0.5 - x / 100, "low": 0.4, "high": 0.6} for x in range(11)]
+             "both_mixed": measure("mixture", [0.383], 0.022)}
+    sweep = [{"tanh_gate": x / 10, **{kind: three(0.5 - x / 100) for kind in SOUNDS}} for x in range(11)]
+    old_sweep = [{"tanh_gate": x / 10, "loss": 0.5 - x / 100, "low": 0.4, "high": 0.6} for x in range(11)]
     comparison = {"top1_en": {"title": f"top-1 {HOSTILE}", "a": 0.975, "b": 0.913,
                               "difference": three(0.0617), "verdict": "A better", "n": 241, "n_needed": 377},
                   "cmmd": {"title": "CMMD", "a": 3.1, "b": 3.1, "difference": three(0), "n": 241,
@@ -88,7 +90,7 @@ def evaluation(tmp_path) -> dict:
                          "clips": 0},
             "judge": {"name": f"judge {HOSTILE}", "accuracy": {"en": three(0.9871), "ko": three(0.9654)},
                       "n": 4},
-            "measures": found, "mixes": [{"clips": [0, 1], "both_found": True}],
+            "measures": found, "mixes": [{"clips": [0, 1], "found": 2}],
             "confusion": {"classes": CLASSES, "right": [[17, 1, 0], [0, 18, 0], [2, 0, 16]],
                           "silence": [[6, 6, 6]] * 3, "other": [[0, 9, 9], [9, 0, 9], [9, 9, 0]]},
             "properties": {name: {"n": 97, "real": three(0.985), "right": three(0.811),
@@ -103,10 +105,11 @@ def evaluation(tmp_path) -> dict:
                                  "paths": [clip["right"]["picture"] for clip in clips[:3]]}]},
             "clips": clips, "warnings": [f"low diversity {HOSTILE}"],
             "training": {"stage1": make_log(), "stage2": make_log(), "stage3": {
-                **make_log(), "sweep_before": sweep, "sweep_after": sweep, "tanh_gate": 0.4242,
+                **make_log(), "sweep_before": old_sweep, "sweep_after": sweep, "tanh_gate": 0.4242,
                 "window": [0.35, 0.45]}},
             "against": {"run": f"runs/other {HOSTILE}", "measures": found, "comparison": comparison,
                         "clips": make_clips(tmp_path / "b", 300)},
+            "guidance_sweep": [{"guidance": 5.5, "n": 77, "iis_win_rate": three(0.888)}],
             "git_commit": "0123456789abcdef-dirty"}
 
 
@@ -284,11 +287,13 @@ def test_the_sheet_shows_every_label_first_and_pairs_too():
     singles, pairs = [f"s{i}" for i in range(10)], [f"s{i}+s{j}" for i in range(10) for j in range(i)]
     found = pick(*sorted(singles * 24), *pairs)
     assert found[:20] == singles * 2 and len(found) == 30 and len(set(found[20:])) == 10
-    assert pick("b", "a", "a", "a+b", "b") == ["b", "a", "a", "b", "a+b"]
+    assert pick("b", "a", "a", "a+b", "b") == ["a", "b", "a", "b", "a+b"]
     assert pick(*singles * 5) == singles * 3
-    assert pick(*pairs * 2) == pairs[:30]
-    many = [f"t{i}" for i in range(40)]
-    assert pick(*many, *pairs) == many[:27] + pairs[:3]
+    some, many = pick(*pairs * 2), [f"t{i}" for i in range(40)]
+    assert some == sorted(set(some)) and len(some) == 30 and set(some) < set(pairs)
+    found = pick(*many, *pairs)
+    assert len({*found[:27]} & {*many}) == 27 and len({*found[27:]} & {*pairs}) == 3
+    assert found[:27] != sorted(many[:27])  # by seed, not the first ones
 
 
 def test_verdicts_are_marked_by_a_sign():

@@ -20,7 +20,8 @@ PAGES = [README, *(path.read_text() for path in sorted(ROOT.glob("docs/*.md")))]
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", "\n".join(PAGES), re.S)
 COMMANDS = [*dict.fromkeys(line for language, block in BLOCKS if language == "bash"
                            for line in block.splitlines())]
-SMALL = {"stage1": {"steps": 2}, "stage2": {"steps": 2}, "stage3": {"steps": 2}}
+SMALL = {"stage1": {"steps": 2}, "stage2": {"steps": 2},
+         "stage3": {"steps": 2, "require_proof": False}}
 TUXPAINT = Path("/usr/share/tuxpaint/stamps").exists()
 
 

@@ -46,7 +46,8 @@ def test_ablations_run_small(tmp_path):
     variants = [row for row in rows if row[0] != "default"]
     assert [row[0] for row in variants] == [VARIANTS[name][0] for name in names]
     assert variants[-1][-1] == "0.00"  # tanh(gate) of gate-0
-    assert float(variants[0][8].split("(")[1].split(" ")[0]) != 0  # IIS cosine of tokens-1 less the default's
+    # IIS cosine of tokens-1 less the default's
+    assert float(variants[0][9].split("<br>")[1].split(" ")[0]) != 0
 
 
 @pytest.mark.parametrize("name, tables", [("run", 10), ("gpu", 5)])
@@ -74,7 +75,7 @@ def test_sd15_config_fits_the_real_shapes(name, sd15, world, tmp_path):
              "--image-size", 64, "--batch-size", 1, "--steps", 2, "--val-clips", 2, "--val-draws", 1,
              "--samples", 1, "--workers", 0]
     for stage in (1, 2, 3):
-        ok(script(f"train_stage{stage}.py", *flags))
+        ok(script(f"train_stage{stage}.py", *flags, *(["--no-require-proof"] if stage == 3 else [])))
         result = json.loads((tmp_path / f"run/stage{stage}/result.json").read_text())
         print(f"stage {stage}: peak memory {result['peak_memory_mb']['rss']:.0f} MB, {result['seconds']:.1f} "
               "s for 2 steps")

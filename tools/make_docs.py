@@ -25,14 +25,17 @@ from clap2diffusion.world import sound_world as world  # noqa: E402
 
 # name: (its report, how the block's first line begins, how the line after its last one begins; "" = the end)
 BLOCKS = {"faults": ("tests/faults.py", "", ""),
-          "stages": ("runs/tiny/report.md", "| after", "| tanh(gate)"),
+          "stages": ("runs/tiny/report.md", "| after", "| stage |"),
+          "quarters": ("runs/tiny/report.md", "| stage |", "| tanh(gate)"),
           "evaluation": ("runs/tiny/evaluation.md", "", "Win rates"),
           "properties": ("runs/tiny/evaluation.md", "| property", "Diversity"),
           "control": ("runs/tiny/evaluation-noise.md", "", "Win rates"),
           "control-properties": ("runs/tiny/evaluation-noise.md", "| property", "Diversity"),
-          "tuxpaint": ("runs/tuxpaint/report.md", "| after", "| tanh(gate)"),
+          "tuxpaint": ("runs/tuxpaint/report.md", "| after", "| stage |"),
           "small-models": ("assets/tiny/report.md", "| what", ""),
           "ablations": ("ablations/results.md", "", ""),
+          "probe-world": ("bench/results/probe-world.md", "", ""),
+          "probe-tuxpaint": ("bench/results/probe-tuxpaint.md", "", ""),
           **{f"bench-{name}": (f"bench/results/{name}-CPU.md", "", "") for name in (
               "step-tiny", "loop-tiny", "step-sd15", "peer-sd15", "cache-build-tiny", "cache-rows",
               "startup-tiny", "generation-tiny", "few-steps", "peer-tiny", "memory-sd15-512-1",

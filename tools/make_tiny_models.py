@@ -343,7 +343,8 @@ def right_shares(embeds, embed_captions, truth: np.ndarray) -> dict[str, float]:
 def both_found(judge: Judge, images: list, states: list[world.State]) -> float:
     """Share of pictures whose two best classes, by each one's own caption, are those that belong there."""
     wanted = [{world.CLASSES.index(name) for name in state.labels} for state in states]
-    return float(metrics.both_found(judge.images(images) @ judge.captions(NAMES["en"]).T, wanted).mean())
+    found = metrics.found_of_two(judge.images(images) @ judge.captions(NAMES["en"]).T, wanted)
+    return float((found == 2).mean())
 
 
 def measure_vae(vae, renders: list, out: Path) -> dict:

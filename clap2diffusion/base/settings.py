@@ -26,7 +26,7 @@ SCHEDULERS = {"base": None, "dpm": "DPMSolverMultistepScheduler", "unipc": "UniP
 # what may change between a checkpoint and its resumption: it concerns places, logs and memory alone
 FREE_SETTINGS = {"run", "name", "workers", "log_every", "save_every", "keep", "log_dir", "device", "fresh",
                  "allow_changed", "sample_every", "samples", "max_bad_share", "cache_dir", "init_from",
-                 "val_batch_size", "checkpointing", "ema_on_cpu"}
+                 "val_batch_size", "checkpointing", "ema_on_cpu", "require_proof"}
 FIXED_SETTINGS = {"whiten", "adam_8bit", "strength"}  # they are in the weights or in the optimizer's state
 
 
@@ -139,6 +139,9 @@ def parse_config(parser: argparse.ArgumentParser, section: str, argv: list[str] 
     if getattr(args, "frozen_dtype", "fp32") != "fp32" and args.precision == "fp32":
         raise UserError(f"--frozen-dtype {args.frozen_dtype} needs --precision bf16: a UNet held in fewer "
                         "bits cannot compute in float32")
+    if getattr(args, "best_metric", "") == "val_right_noisy" and args.val_draws < 2:
+        raise UserError("--best-metric val_right_noisy needs --val-draws 2 or more: one draw may miss the "
+                        "noisier half of the timesteps")
     return args
 
 
@@ -171,11 +174,13 @@ def adapter_flags(parser: argparse.ArgumentParser) -> None:
         help="gamma of Min-SNR loss weights (0 = plain loss)")
     add("--adam-8bit", **SWITCH, default=False, help="AdamW with moments in 8 bits (bitsandbytes)")
     add("--ema-decay", type=Number(float, 0, 0.999999), default=0.0,
-        help="decay of averaged weights (0 = no EMA)")
+        help="decay of averaged weights (0 = no EMA); at step n at most (1 + n) / (10 + n), as diffusers "
+        "has it, so 0.9999 is 0.9987 at step 7,000")
     add("--ema-on-cpu", **SWITCH, default=False, help="hold the averaged weights on the CPU")
     # stopping
-    add("--best-metric", choices=("val_right", "silence_minus_right", "other_minus_right"),
-        default="val_right", help="what decides best and early stopping")
+    add("--best-metric", choices=("val_right", "val_right_noisy", "silence_minus_right", "other_minus_right"),
+        default="val_right", help="what decides best and early stopping; _noisy = on the noisier half of the "
+        "timesteps, where layout is decided (needs --val-draws 2 or more)")
     add("--patience", type=COUNT, default=0, help="validations without improvement to stop after (0 = never)")
     add("--min-delta", type=Number(float, 0), default=0.0, help="smallest change that counts as improvement")
 
@@ -236,7 +241,7 @@ def common_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     add("--validate-every", type=COUNT, default=500, help="steps between validations (0 = only at both ends)")
     add("--val-draws", type=Number(int, 1, 100), default=4,
         help="fixed noise and timestep draws for each clip")
-    add("--val-clips", type=COUNT, default=0, help="validation clips used (0 = all)")
+    add("--val-clips", type=COUNT, default=0, help="validation clips used, each label by its share (0 = all)")
     add("--val-batch-size", type=Number(int, 1), default=32,
         help="samples in one forward pass without gradient: validation, and encoding features (at most 16)")
     # checkpoints, logs, pictures

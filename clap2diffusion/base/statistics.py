@@ -4,11 +4,26 @@ Intervals are [value, low, high] of a 95 % percentile bootstrap, 2000 resamples 
 over the same clips are therefore resampled alike, and their differences are paired."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
 
 import numpy as np
 
 RESAMPLES = 2000
+
+
+def stratified(labels: list, n: int, seed: int = 0) -> list[int]:
+    """Positions of n of the labels, in order; all for 0 or more than there are. Each label keeps its share,
+    to within one, and every place has the same chance, that of a rare label too. The seed decides."""
+    if not 0 < n < len(labels):
+        return list(range(len(labels)))
+    rng, places = np.random.default_rng([seed, 19]), defaultdict(list)
+    for i in rng.permutation(len(labels)).tolist():
+        places[labels[i]].append(i)
+    # systematic sampling: a label's places lie evenly on [0, 1), from a random start; the first n are taken
+    key = {i: (rank + start) / len(group) for group, start in zip(places.values(), rng.random(len(places)))
+           for rank, i in enumerate(group)}
+    return sorted(sorted(key, key=key.__getitem__)[:n])
 
 
 def resamples(n: int, seed: int = 0) -> np.ndarray:
@@ -33,6 +48,13 @@ def summary(value: float, draws: np.ndarray) -> list[float]:
 
 def interval(values: np.ndarray) -> list[float]:
     return summary(*bootstrap(values))
+
+
+def interval_where(values: np.ndarray, where: np.ndarray) -> list[float] | None:
+    """The interval over clips of the mean of those of a clip's values (n, k) that `where` (n, k) names. Clips
+    without any are left out; None if all are."""
+    n = where.sum(1)
+    return interval((values * where).sum(1)[n > 0] / n[n > 0]) if n.any() else None
 
 
 def show_interval(values: list[float] | None, digits: int = 3) -> str:

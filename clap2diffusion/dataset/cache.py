@@ -160,6 +160,8 @@ def build_features(data_root: str | Path, base_model: Path, clap_model: Path, im
     rows, bad = read_manifest(data_root, log)
     fingerprints = model_fingerprints(base_model, clap_model)
     settings = {"image_size": image_size, "windows": windows, "flip": flip}
+    if files.read_json(Path(clap_model) / "config.json").get("audio_config", {}).get("enable_fusion"):
+        settings["is_longer"] = False  # caches from before were made as if every clip were
     key = cache_key(Path(data_root).resolve(), rows, bad, fingerprints, settings)
     folder, total = Path(cache_dir) / key[:16], len(rows) + len(bad)
     held, index = contextlib.nullcontext(), read_index(folder, key)

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from clap2diffusion.base import processes
 from clap2diffusion.base.exits import RunFailed, UserError
+from clap2diffusion.base.statistics import stratified
 from clap2diffusion.dataset import cache
 
 
@@ -69,8 +70,8 @@ class AudioImageDataset(Dataset):
         return row
 
     def some_audio_embeds(self, n: int) -> torch.Tensor:
-        """The first window of n rows, evenly spread, or of all if there are fewer: (n, E)."""
-        chosen = (i * len(self) // n for i in range(n)) if n < len(self) else range(len(self))
+        """The first window of n rows, chosen by label (statistics.stratified), or of all of fewer: (n, E)."""
+        chosen = stratified([row["label"] for row in self.rows], n)
         return torch.stack([self[i]["audio_embeds"][0] for i in chosen])
 
     def __len__(self) -> int:

@@ -21,13 +21,16 @@ def log_mel(extractor, waveform: np.ndarray) -> dict[str, np.ndarray]:
     """waveform (samples,) float32 at the extractor's rate -> the audio tower's inputs, each (1, ...).
     One clip at a time, so the rest of a batch changes nothing. Loader processes call it, as it needs no torch
     and takes half of an encoder's time on a CPU. Raises ValueError: not one-dimensional, empty, longer than
-    the window, not finite. The extractor would take it for several clips, crash, crop it, pass NaN on."""
+    the window, not finite. The extractor would take it for several clips, crash, crop it, pass NaN on. A
+    fused CLAP is told that the clip is not longer than its window. The extractor by itself calls one clip of
+    every batch longer, at random, for training's sake."""
     longest = extractor.nb_max_samples
     if waveform.ndim != 1 or not 0 < len(waveform) <= longest:
         raise ValueError(f"waveform has shape {waveform.shape}, expected (1..{longest},)")
     if not np.isfinite(waveform).all():
         raise ValueError("waveform holds NaN or infinity")
-    return dict(extractor([waveform], sampling_rate=extractor.sampling_rate, return_tensors="np"))
+    found = dict(extractor([waveform], sampling_rate=extractor.sampling_rate, return_tensors="np"))
+    return {**found, "is_longer": np.zeros_like(found["is_longer"], dtype=bool)}
 
 
 class CLAPAudioEncoder(nn.Module):

@@ -39,14 +39,18 @@ class Logger:
             sys.stdout.flush()
             self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
-    def scalars(self, step: int, **values: float | list[float]) -> None:
-        """Numbers, or [value, low, high]."""
+    def scalars(self, step: int, **values: float | list | None) -> None:
+        """Numbers, [value, low, high], or lists of these."""
         if not processes.first():
             return
         self._jsonl.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
+        named = dict(values)
+        for name in [name for name in values if name.endswith("_by_quarter")]:
+            named |= {f"{name}_{q}": one for q, one in enumerate(named.pop(name), 1)}
+        for name, value in named.items():
             for suffix, one in zip(("", "_low", "_high"), value if isinstance(value, list) else [value]):
-                self._board.add_scalar(name + suffix, one, step)
+                if one is not None:
+                    self._board.add_scalar(name + suffix, one, step)
 
     def image(self, step: int, name: str, image) -> None:
         self._board.add_image(name, np.asarray(image), step, dataformats="HWC")
@@ -89,8 +93,9 @@ class Progress:
         self.validated_step, self.last_validation = self.step, result
         self.first_validation = self.first_validation or result
         log.scalars(self.step, **result)
-        log.text(f"step {self.step}: " + ", ".join(f"{k} {show_interval(v, 5)}" for k, v in result.items()))
-        value = result[metric][0] if metric == "val_right" else -result[metric][0]  # lower is better
+        log.text(f"step {self.step}: " + ", ".join(f"{k} {show_interval(v, 5)}" for k, v in result.items()
+                                                   if not k.endswith("_by_quarter")))
+        value = result[metric][0] if metric.startswith("val_") else -result[metric][0]  # lower is better
         if self.to_beat is None or value < self.to_beat - min_delta:
             self.to_beat, self.bad_validations = value, 0
         else:

@@ -138,7 +138,8 @@ class StageRun:
     def sample_if_due(self) -> None:
         """Every --sample-every steps, write sample pictures of the present weights. Then a step begins."""
         step, path = self.progress.step, self.folder.path / "preview.safetensors"
-        if self.cfg.sample_every and step and step % self.cfg.sample_every == 0 and processes.first():
+        due = self.cfg.samples and self.cfg.sample_every and step and step % self.cfg.sample_every == 0
+        if due and processes.first():
             write_adapter(path, self.weights, self.unet, {**self.header, "step": step})
             self._write_samples(path, f"samples-{step:08d}.png")
             path.unlink()

@@ -10,6 +10,7 @@ import numpy as np
 
 from clap2diffusion.base import files, hub
 from clap2diffusion.base.exits import UserError
+from clap2diffusion.base.statistics import stratified
 from clap2diffusion.dataset.decoding import BadFile, load_picture, read_windows
 from clap2diffusion.dataset.manifest import Row, read_manifest
 from clap2diffusion.pictures.inputs import adapter_facts, find_adapter
@@ -62,20 +63,18 @@ def find_data(args: argparse.Namespace, adapter_path: Path) -> str:
     return args.data_root or files.read_json(config)["data_root"]
 
 
-def spread(rows: list, n: int) -> list:
-    """n rows, evenly spread in their order; all of them for 0 or more than there are."""
-    return rows if not 0 < n < len(rows) else [rows[i * len(rows) // n] for i in range(n)]
-
-
-def pick_clips(labels: list[str], n: int) -> list[int]:
-    """Up to n clips, each label in turn. Up to a third are pairs, fewer where single labels need the room."""
-    turns = defaultdict(count)
-    turn = [next(turns[label]) for label in labels]
-    in_turn = sorted(range(len(labels)), key=turn.__getitem__)  # the first of each, then the second, ...
+def pick_clips(labels: list[str], n: int, seed: int = 0) -> list[int]:
+    """Up to n clips, each label in turn. Up to a third are pairs, fewer where single labels need the room.
+    Which clip shows a label, and which labels are shown where they are too many, the seed chooses."""
+    rng, turns, turn = np.random.default_rng([seed, 29]), defaultdict(count), {}
+    for i in rng.permutation(len(labels)).tolist():
+        turn[i] = next(turns[labels[i]])
+    in_turn = sorted(turn, key=lambda i: turn[i])  # one of each, then another one, ...
     single, pairs = ([i for i in in_turn if ("+" in labels[i]) == paired] for paired in (False, True))
     n_labels = len({labels[i] for i in single})
     n_pairs = max(n - len(single), min(n // 3, max(n - n_labels, n // 10)))
-    return single[:n - min(n_pairs, len(pairs))] + pairs[:n_pairs]
+    single, pairs = single[:n - min(n_pairs, len(pairs))], pairs[:n_pairs]
+    return [i for some in (single, pairs) for i in sorted(some, key=lambda i: (turn[i], labels[i]))]
 
 
 def readable(rows: list[Row], image_size: int) -> tuple[list[Row], list]:
@@ -105,7 +104,8 @@ class Clips:
             raise UserError(f"{data_root}: has no clip in split {split!r}; give another --split or "
                             "--data-root")
         self.data_root, self.image_size = Path(data_root), image_size
-        self.rows, self.real = readable(spread(held_out, n), image_size)
+        chosen = stratified([row.label or "" for row in held_out], n)
+        self.rows, self.real = readable([held_out[i] for i in chosen], image_size)
         if len(self.rows) < 2:
             raise UserError(f"{data_root}: split {split!r} has {len(self.rows)} usable clips; expected at "
                             "least 2")
@@ -116,7 +116,8 @@ class Clips:
         self.classes = sorted({name for kind in known for name in kind if name})
         self.single = [i for i, kind in enumerate(self.kinds) if len(kind) == 1 and kind[0]]
         self.pairs = [i for i, kind in enumerate(self.kinds) if len(kind) == 2]
-        self.of_class = {name: [i for i in self.single if self.kinds[i][0] == name] for name in self.classes}
+        mixed = np.random.default_rng(31).permutation(self.single).tolist()  # who is first is by seed
+        self.of_class = {name: [i for i in mixed if self.kinds[i][0] == name] for name in self.classes}
         self.truth = np.array([self.classes.index(self.kinds[i][0]) for i in self.single], int)
         self.heard = {frozenset(kinds_of[row.where]) for row in rows if row.split != "test"}
         self.train = [row for row in rows if row.split == "train" and row.split != split]
@@ -124,12 +125,17 @@ class Clips:
     def indices(self, names) -> set[int]:
         return {self.classes.index(name) for name in names}
 
-    def reference_pictures(self) -> list:
-        """Other real pictures, of the train split: how far apart two sets of real pictures are."""
-        found = []
-        for row in spread(self.train, max(len(self.rows), 100)):
-            with suppress(BadFile):  # named when the features were cached
-                found.append(load_picture(row.image_path, self.image_size))
+    def reference_pictures(self, seed: int = 0) -> dict[int, object]:
+        """For each clip, by its position, another real picture of its labels, from the train split: how far
+        apart two sets of real pictures are that differ in nothing else. The seed chooses. A clip whose labels
+        training never has, or not often enough, is not in it."""
+        left, found = defaultdict(list), {}
+        for i in np.random.default_rng([seed, 23]).permutation(len(self.train)):
+            left[self.train[i].label].append(self.train[i])
+        for i, row in enumerate(self.rows):
+            while left[row.label] and i not in found:
+                with suppress(BadFile):  # named when the features were cached
+                    found[i] = load_picture(left[row.label].pop().image_path, self.image_size)
         return found
 
     def captions(self) -> dict[str, list[str]]:

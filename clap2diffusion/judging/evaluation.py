@@ -17,8 +17,9 @@ from tqdm import tqdm
 from clap2diffusion.base import files, hub
 from clap2diffusion.base.device import DTYPES, pick_device
 from clap2diffusion.base.exits import RunFailed
-from clap2diffusion.base.statistics import bootstrap, interval, show_interval, summary
+from clap2diffusion.base.statistics import bootstrap, interval, show_interval, stratified, summary
 from clap2diffusion.dataset.decoding import SILENT_PEAK, active_rms, load_waveform
+from clap2diffusion.engine.gate_sweep import find_warning
 from clap2diffusion.judging import metrics, page
 from clap2diffusion.judging.clips import Clips, find_data
 from clap2diffusion.judging.judge import Judge
@@ -30,7 +31,8 @@ from clap2diffusion.pictures.pipelines import load_stock_pipeline, pictures
 from clap2diffusion.pictures.sheets import write_png
 from common import other_sounds
 
-MIXES, DIVERSITY_SEEDS, MIN_DIVERSITY, GATES = 10, 8, 0.5, (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+MIXES, DIVERSITY_SEEDS, MIN_DIVERSITY, SWEEP_CLIPS = 10, 8, 0.5, 100
+GATES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 SETTINGS = ("guidance", "steps", "scheduler", "seed", "gate", "noise", "precision", "clips")
 TRAINED = ("stage", "step", "base_model", "clap_model", "tanh_gate")
 
@@ -52,13 +54,12 @@ class Subject:
         self.pictures_dir = self.folder / "evaluation" / key
 
     def load(self, clips: Clips) -> None:
-        """Load the models and embed every clip; silent clips are the null audio."""
+        """Load the models and embed every clip."""
         args = self.args
         device, _ = pick_device(args.device, args.precision)
         base = hub.resolve_model(args.base_model or self.facts["base_model"], "base model", hub.BASE_PARTS)
         self.encoder = load_clap(args.clap_model, self.facts, self.adapter_path)
-        rows = tqdm(clips.rows, desc=f"{self.run}: sounds", unit="clip", leave=False)
-        self.audio_embeds = torch.cat([embed(self.encoder, str(row.audio_path)) for row in rows])  # (n, E)
+        self.audio_embeds = self.hear(clips)  # (n, E)
         dtype = DTYPES[args.precision]
         self.pipe = load_stock_pipeline(base, self.adapter_path, device, dtype, args.scheduler)
         if args.noise:  # layer-normalised noise in place of audio_tokens (B, N, D): no sound at all
@@ -68,6 +69,11 @@ class Subject:
         self.scale = 1.0 if args.gate is None else scale_of_gate(args.gate, self.facts, self.adapter_path)
         self.pictures_dir.mkdir(parents=True, exist_ok=True)
         files.remove_stale(self.pictures_dir)
+
+    def hear(self, clips: Clips) -> Tensor:
+        """Every clip's embedding (n, E); silent clips are the null audio."""
+        rows = tqdm(clips.rows, desc=f"{self.run}: sounds", unit="clip", leave=False)
+        return torch.cat([embed(self.encoder, str(row.audio_path)) for row in rows])
 
     def pictures(self, name: str, audio_embeds: Tensor, seeds: list[int], scale: float | None = None,
                  guidance: float | None = None) -> list[Image.Image]:
@@ -107,11 +113,17 @@ class Judged:
     def __init__(self, judge: Judge, clips: Clips):
         self.judge, self.clips = judge, clips
         self.real = judge.images(clips.real)  # (n, D)
-        reference = clips.reference_pictures()
-        self.reference = judge.images(reference) if reference else None
         self.names = {language: judge.captions(names) for language, names in clips.captions().items()}
         texts = [row.text or " ".join(kind) for row, kind in zip(clips.rows, clips.kinds)]
         self.captions = judge.captions(texts)  # (n, D)
+
+    def real_distance(self) -> tuple[int, tuple | None]:
+        """(n, CMMD's bootstrap) of the real pictures against others of their labels, a pair for each clip."""
+        pairs = self.clips.reference_pictures()
+        if len(pairs) < 2:
+            return len(pairs), None
+        reference, own = self.judge.images([*pairs.values()]), np.eye(len(pairs), dtype=bool)
+        return len(pairs), metrics.cmmd(self.real[[*pairs]], reference, own)
 
     def measures(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """Every measure of one picture a clip, of image embeddings (n, D): {name: values of its clips}."""
@@ -121,7 +133,7 @@ class Judged:
             found[f"top1_{language}"] = ranks == 1
             if len(clips.classes) > 5:
                 found[f"top5_{language}"] = ranks <= 5
-        for name, references in (("iis", self.real), ("ais", self.captions)):
+        for name, references in (("iis", self.real), ("cis", self.captions)):
             similarity = images @ references.T
             found[f"{name}_win_rate"] = metrics.win_rates(similarity, everyone)
             found[f"{name}_cosine"] = similarity[everyone, everyone]
@@ -129,39 +141,54 @@ class Judged:
         found |= {"recall_at_1": ranks == 1, "recall_at_5": ranks <= 5, "median_rank": ranks}
         if clips.pairs:
             truth = [clips.indices(clips.kinds[i]) for i in clips.pairs]
-            both = metrics.both_found(images[clips.pairs] @ self.names["en"].T, truth)
+            of_two = metrics.found_of_two(images[clips.pairs] @ self.names["en"].T, truth)
             heard = np.array([frozenset(clips.kinds[i]) in clips.heard for i in clips.pairs])
-            found |= {"pairs_heard": both[heard], "pairs_unheard": both[~heard]}
+            for name, those in (("heard", heard), ("unheard", ~heard)):
+                found |= {f"both_{name}": of_two[those] == 2, f"one_{name}": of_two[those] >= 1}
         return {name: np.asarray(values, float) for name, values in found.items() if len(values)}
 
 
 def about(clips: Clips) -> dict[str, dict]:
-    """What each measure is, what chance gives, and which direction is better."""
+    """What each measure is, what chance gives, and which direction is better. `one_drawn` is the floor of a
+    generator that always draws one of two sounds rightly and guesses the other."""
     n, k = len(clips.rows), len(clips.classes)
-    pair = 2 / (k * (k - 1)) if k > 1 else None
+    kinds = ("heard", "unheard", "mixed") if k > 1 else ()
+    both = {f"both_{kind}": 2 / (k * (k - 1)) for kind in kinds}
+    one = {f"one_{kind}": 1 - (k - 2) * (k - 3) / (k * (k - 1)) for kind in kinds}
     chance = {"top1_en": 1 / k, "top1_ko": 1 / k, "top5_en": min(1, 5 / k), "top5_ko": min(1, 5 / k),
-              "iis_win_rate": 0.5, "ais_win_rate": 0.5, "recall_at_1": 1 / n, "recall_at_5": min(1, 5 / n),
-              "median_rank": (n + 1) / 2, "pairs_heard": pair, "pairs_unheard": pair, "mix_unheard": pair}
-    return {name: {"title": texts["title"], "about": texts["about"].format(n=n), "chance": chance.get(name),
+              "iis_win_rate": 0.5, "cis_win_rate": 0.5, "recall_at_1": 1 / n, "recall_at_5": min(1, 5 / n),
+              "median_rank": (n + 1) / 2, **both, **one}
+    return {name: {"title": texts["title"].format(n=n), "about": texts["about"].format(n=n),
+                   "chance": chance.get(name), "one_drawn": 1 / (k - 1) if name in both else None,
                    "higher_is_better": name not in ("median_rank", "cmmd")}
             for name, texts in files.read_json(Path(__file__).parent / "measures.json").items()}
 
 
-def measure_table(judged: Judged, embeds: dict[str, np.ndarray]) -> tuple[dict[str, dict], dict[str, tuple]]:
+def measure_table(judged: Judged, embeds: dict[str, np.ndarray], others: list[int]
+                  ) -> tuple[dict[str, dict], dict[str, tuple]]:
     """(each measure with its interval for each sound and for real pictures, the right sound's bootstraps)."""
-    boots, n = {}, {"cmmd": len(judged.real)}
+    boots, n, own = {}, {"cmmd": len(judged.real)}, np.eye(len(judged.real), dtype=bool)
+    shared = {"right": own, "silence": None, "other": own[others]}  # pairs (picture, real) of one clip
     for kind, images in {**embeds, "real": judged.real}.items():
         values = judged.measures(images)
         n |= {name: len(of_clips) for name, of_clips in values.items()}
         boots[kind] = {name: bootstrap(of_clips, np.median if name == "median_rank" else None)
                        for name, of_clips in values.items()}
-        real = judged.reference if kind == "real" else judged.real
-        if real is not None:
-            boots[kind]["cmmd"] = metrics.cmmd(images, real)
+        if kind != "real":
+            boots[kind]["cmmd"] = metrics.cmmd(images, judged.real, shared[kind])
+    n_real, distance = judged.real_distance()
+    boots["real"] |= {"cmmd": distance} if distance else {}
     table = {name: {**facts, "n": n[name],
                     **{kind: summary(*found[name]) for kind, found in boots.items() if name in found}}
              for name, facts in about(judged.clips).items() if name in n}
+    if n_real != n["cmmd"]:
+        table["cmmd"]["title"] += f" (real pictures: n {n_real})"  # of the others training has no such label
     return table, boots["right"]
+
+
+def some_of(things: list, n: int) -> list:
+    """n of them by a fixed seed, in order; all if there are fewer."""
+    return [things[i] for i in stratified([*range(len(things))], n)]
 
 
 def set_properties(clips: Clips, world) -> dict[int, dict]:
@@ -199,7 +226,7 @@ def diversity(judged: Judged, subject: Subject, right: np.ndarray, seeds: int) -
     `distance` is the mean pairwise distance of the pictures of a class (each clip its own sound and noise;
     `right` holds their embeddings), `real_distance` that of the real pictures. `seed_distance` and
     `distinct_share` are of one sound of each class under several noises."""
-    groups = [group for group in judged.clips.of_class.values() if group][:32]
+    groups = some_of([group for group in judged.clips.of_class.values() if group], 32)
     if not groups:
         return {}
     rows = [group[0] for group in groups for _ in range(seeds)]
@@ -227,12 +254,12 @@ def pick_mixtures(clips: Clips, world) -> list[tuple[int, int]]:
                   for name, group in clips.of_class.items()}
                  for lowest, highest in ((0, world.LOW_PITCH), (world.HIGH_PITCH, 1)))
     unheard = [pair for pair in combinations(clips.classes, 2) if frozenset(pair) not in clips.heard]
-    return [(low[a][k % len(low[a])], high[b][k % len(high[b])]) for pair in unheard[:45]
+    return [(low[a][k % len(low[a])], high[b][k % len(high[b])]) for pair in some_of(unheard, 45)
             for k in range(MIXES // 2) for a, b in (pair, pair[::-1]) if low[a] and high[b]]
 
 
 def mixtures(judged: Judged, subject: Subject, jobs: list[tuple[int, int]]) -> np.ndarray:
-    """Whether (n,) both sounds are found in the picture of two clips, mixed as generate.py --weights does.
+    """How many of two sounds (n,) are found in the picture of two clips, mixed as generate.py --weights does.
     The two have one level while they sound. Of sounds 20 dB apart nobody would hear both, and by the RMS of a
     whole clip one crash in four seconds would be raised far above a steady sound."""
     clips, encoder, embeds, rate = judged.clips, subject.encoder, [], subject.encoder.sampling_rate
@@ -243,14 +270,14 @@ def mixtures(judged: Judged, subject: Subject, jobs: list[tuple[int, int]]) -> n
     seeds = [subject.args.seed + 200_000 + k for k in range(len(jobs))]
     images = judged.judge.images(subject.pictures("mix", torch.cat(embeds), seeds))
     truth = [clips.indices(clips.kinds[i][0] for i in job) for job in jobs]
-    return metrics.both_found(images @ judged.names["en"].T, truth)
+    return metrics.found_of_two(images @ judged.names["en"].T, truth)
 
 
 def gate_strips(clips: Clips, subject: Subject, n: int = 5) -> list[dict]:
-    """For the first n classes one clip's pictures at tanh(gate) 0 to 1, from the same noise."""
+    """For n of the classes one clip's pictures at tanh(gate) 0 to 1, from the same noise."""
     if abs(subject.facts["tanh_gate"]) < 1e-6:
         return []
-    some, paths = [group[0] for group in list(clips.of_class.values())[:n] if group], []
+    some, paths = [group[0] for group in some_of([g for g in clips.of_class.values() if g], n)], []
     for gate in GATES:
         scale = scale_of_gate(gate, subject.facts, subject.adapter_path)
         subject.pictures("gate", subject.audio_embeds[some], [subject.args.seed + i for i in some], scale)
@@ -268,16 +295,17 @@ def evaluate(subject: Subject, judged: Judged, others: list[int], quick: bool, w
                 "other": subject.pictures("other", sounds[others], seeds)}
     embeds = {sound: judged.judge.images(images) for sound, images in pictures.items()}
     seen = {sound: (images @ judged.names["en"].T).argmax(1) for sound, images in embeds.items()}
-    table, right = measure_table(judged, embeds)
+    table, right = measure_table(judged, embeds, others)
     bins = [range(len(clips.classes) + 1)] * 2  # counts (k, k) by the sound's class and the one that is seen
     counts = {sound: np.histogram2d(clips.truth, classes[clips.single], bins)[0].astype(int).tolist()
               for sound, classes in seen.items()}
     found = {"measures": table, "confusion": {"classes": clips.classes, **counts}}
     if not quick and (jobs := pick_mixtures(clips, world)):
-        both = mixtures(judged, subject, jobs)
-        right["mix_unheard"] = boot = bootstrap(both)
-        table["mix_unheard"] = {**about(clips)["mix_unheard"], "n": len(jobs), "right": summary(*boot)}
-        found["mixes"] = [{"clips": list(job), "both_found": bool(good)} for job, good in zip(jobs, both)]
+        of_two = mixtures(judged, subject, jobs)
+        for name, good in (("both_mixed", of_two == 2), ("one_mixed", of_two >= 1)):
+            right[name] = boot = bootstrap(good)
+            table[name] = {**about(clips)[name], "n": len(jobs), "right": summary(*boot)}
+        found["mixes"] = [{"clips": list(job), "found": int(count)} for job, count in zip(jobs, of_two)]
     properties, boots = follow_properties(clips, pictures, others, world)
     right |= boots
     if properties:
@@ -292,6 +320,12 @@ def evaluate(subject: Subject, judged: Judged, others: list[int], quick: bool, w
     return found, right
 
 
+def unproven(subject: Subject) -> list[str]:
+    """Why stage 3 did not show that the sound helps, from the adapter or the result beside it; or nothing."""
+    warning = subject.facts["warning"] or find_warning(subject.adapter_path.parent)
+    return [warning] if warning else []
+
+
 def warnings_of(spread: dict) -> list[str]:
     """What the diversity says of mode collapse."""
     shares = {}
@@ -304,11 +338,16 @@ def warnings_of(spread: dict) -> list[str]:
             for said, share in shares.items() if share < MIN_DIVERSITY]
 
 
-def compare_runs(a: dict, b: dict, found: dict) -> dict:
-    """Each measure of the right sound in both runs, with the paired difference A - B and a verdict."""
+def compare_runs(a: dict, b: dict, found: dict, found_b: dict) -> dict:
+    """Each measure of the right sound in both runs, with the paired difference A - B and a verdict.
+    Raises RunFailed: the runs were not judged on equally many clips, on which ranks and retrieval depend."""
     rows = found["measures"] | {
         f"rho_{name}": {"title": f"rho of {name}", "n": row["n"], "higher_is_better": True}
         for name, row in found.get("properties", {}).items()}
+    n = [{name: row["n"] for name, row in run["measures"].items()} for run in (found, found_b)]
+    if n[0] != n[1]:
+        raise RunFailed(f"the two runs were judged on other numbers of clips ({n[0]} and {n[1]}); ranks and "
+                        "R@k depend on the number, so they cannot be compared")
     return {name: {"title": rows[name]["title"], "a": a[name][0], "b": b[name][0],
                    **metrics.compare(a[name], b[name], rows[name]["n"], rows[name]["higher_is_better"])}
             for name in a if name in b}
@@ -329,6 +368,19 @@ def check_judge(judged: Judged, args: argparse.Namespace) -> dict[str, list[floa
     return accuracy
 
 
+def sweep_guidance(subject: Subject, judge: Judge, clips: Clips) -> list[dict]:
+    """What each of --guidance-sweep gives on these clips: {guidance, n, iis_win_rate, top1_en}, intervals.
+    The highest win rate of image-image similarity is the best."""
+    judged, audio_embeds, found = Judged(judge, clips), subject.hear(clips), []
+    seeds = [subject.args.seed + 300_000 + i for i in range(len(clips.rows))]
+    for guidance in subject.args.guidance_sweep:
+        images = subject.pictures("guidance", audio_embeds, seeds, guidance=guidance)
+        values = judged.measures(judge.images(images))
+        found.append({"guidance": guidance, "n": len(seeds), **{
+            name: interval(values[name]) for name in ("iis_win_rate", "top1_en") if name in values}})
+    return found
+
+
 def evaluate_run(args: argparse.Namespace, world) -> None:
     """Judge a run as the flags of evaluate.py say, and write evaluation.json, .md and .html into its folder.
     world: measures properties in pictures, as the module clap2diffusion.world.measure does.
@@ -337,9 +389,13 @@ def evaluate_run(args: argparse.Namespace, world) -> None:
     subject = Subject(args.run, args)
     facts, data_root = subject.facts, find_data(args, subject.adapter_path)
     clips = Clips(data_root, args.split, args.clips, facts["image_size"])
+    some = Clips(data_root, "val", SWEEP_CLIPS, facts["image_size"]) if args.guidance_sweep else None
     judged = Judged(Judge(args.judge, pick_device(args.device, args.precision)[0]), clips)
     accuracy = check_judge(judged, args)
     subject.load(clips)
+    sweep = sweep_guidance(subject, judged.judge, some) if some else []
+    if sweep:
+        args.guidance = max(sweep, key=lambda row: row["iis_win_rate"][0])["guidance"]
     others = pick_others(clips, subject.audio_embeds, args.seed)
     found, right = evaluate(subject, judged, others, args.quick, world)
     evaluation = {
@@ -348,14 +404,17 @@ def evaluate_run(args: argparse.Namespace, world) -> None:
         "quick": args.quick, "trained": {key: facts[key] for key in TRAINED},
         "settings": {key: getattr(args, key) for key in SETTINGS},
         "judge": {"name": args.judge, "accuracy": accuracy, "n": len(clips.single)}, **found,
-        "warnings": warnings_of(found["diversity"]),
+        "guidance_sweep": sweep,
+        "warnings": [*unproven(subject), *warnings_of(found["diversity"])],
         "training": training_curves(subject.adapter_path.parent.parent), "git_commit": git_commit()}
     if args.against:
         other = Subject(args.against, args)
         other.load(clips)
         found_b, right_b = evaluate(other, judged, others, args.quick, world)
+        comparison = compare_runs(right, right_b, found, found_b)
+        evaluation["warnings"] += [f"{args.against}: {line}" for line in unproven(other)]
         evaluation["against"] = {"run": args.against, "measures": found_b["measures"],
-                                 "clips": found_b["clips"], "comparison": compare_runs(right, right_b, found)}
+                                 "clips": found_b["clips"], "comparison": comparison}
     write_evaluation(subject.folder / f"evaluation{'-noise' if args.noise else ''}", evaluation)
 
 

@@ -11,12 +11,13 @@ from torch.nn.functional import normalize
 from transformers import AutoTokenizer, SiglipImageProcessorPil, SiglipModel
 
 from clap2diffusion.base.device import quiet_libraries
+from clap2diffusion.base.exits import UserError
 from clap2diffusion.judging.clips import find_judge
 
 
 class Judge:
     """Embeddings of pictures and captions in one space, from a SigLIP folder or hub name.
-    Raises UserError: no such model, or one that is no fixed-size SigLIP."""
+    Raises UserError: no such model, one that is no fixed-size SigLIP, or a tokenizer that ends no text."""
 
     def __init__(self, name: str | Path, device: torch.device | str = "cpu", batch_size: int = 64):
         folder = find_judge(str(name))
@@ -24,8 +25,14 @@ class Judge:
         self.model = SiglipModel.from_pretrained(folder, dtype=torch.float32).eval().to(device)
         self.processor = SiglipImageProcessorPil.from_pretrained(folder)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.padded = {"padding": "max_length", "truncation": True, "return_tensors": "pt",
+        self.padded = {"padding": "max_length", "padding_side": "right", "truncation": True,
+                       "return_tensors": "pt",
                        "max_length": self.model.config.text_config.max_position_embeddings}
+        last, eos = self.tokenizer("a dog")["input_ids"][-1], self.tokenizer.eos_token_id
+        if eos is None or last != eos:
+            raise UserError(f"judge {name}: its tokenizer ends a text with token {last}; expected "
+                            f"end-of-text, {eos}, as SigLIP learned; take the tokenizer's files as its "
+                            "authors give them")
         self.device, self.batch_size = device, batch_size
 
     @torch.inference_mode()
@@ -40,6 +47,9 @@ class Judge:
             pixel_values=self.processor(batch, return_tensors="pt")["pixel_values"].to(self.device)))
 
     def captions(self, captions: list[str]) -> np.ndarray:
-        """Captions -> unit-length embeddings (m, D), float64. SigLIP learned from captions of full length."""
-        return self._batches(captions, lambda batch: self.model.get_text_features(
-            input_ids=self.tokenizer(batch, **self.padded)["input_ids"].to(self.device)))
+        """Captions -> unit-length embeddings (m, D), float64, as SigLIP learned them: in lower case (google's
+        big_vision, issue 187), with end-of-text, and padded on the right to the full length."""
+        def embed(batch: list[str]):
+            ids = self.tokenizer([caption.lower() for caption in batch], **self.padded)["input_ids"]
+            return self.model.get_text_features(input_ids=ids.to(self.device))
+        return self._batches(captions, embed)

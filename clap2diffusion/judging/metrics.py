@@ -6,7 +6,7 @@ pictures with m references, all embeddings of unit length."""
 import math
 
 import numpy as np
-from scipy.stats import rankdata
+from scipy.stats import rankdata, t
 
 from clap2diffusion.base.statistics import resamples, summary
 
@@ -25,35 +25,41 @@ def win_rates(similarity: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return better / (similarity.shape[1] - 1)
 
 
-def both_found(similarity: np.ndarray, truth: list[set[int]]) -> np.ndarray:
-    """Whether (n,) the two best of m classes are the two of truth[i]; chance is 1 / (m choose 2)."""
+def found_of_two(similarity: np.ndarray, truth: list[set[int]]) -> np.ndarray:
+    """How many (n,) of the two classes of truth[i] are among the two best of m. Both are, of guesses, in 1 of
+    m choose 2. Where one of the two is drawn rightly and the other is guessed, both are in 1 of m - 1."""
     best = np.argsort(-similarity, axis=1, kind="stable")[:, :2]
-    return np.array([set(map(int, two)) == classes for two, classes in zip(best, truth, strict=True)], float)
+    return np.array([len(classes & set(map(int, two))) for two, classes in zip(best, truth, strict=True)])
 
 
-def cmmd(x: np.ndarray, y: np.ndarray, sigma: float = 10.0) -> tuple[float, np.ndarray]:
+def cmmd(x: np.ndarray, y: np.ndarray, shared: np.ndarray | None = None, sigma: float = 10.0
+         ) -> tuple[float, np.ndarray]:
     """Squared maximum mean discrepancy of embeddings x (n, D) and y (m, D), and its resampled values.
     CMMD (Jayasumana et al. 2024, arXiv 2401.09603, eq. 4): Gaussian kernel of sigma 10 on unit-length
     embeddings, times 1000. It is unbiased, so small n may be compared, and equal distributions can give a
-    little less than 0. A resample weighs each item by how often it was drawn. It leaves out an item's pair
-    with itself, because copies would count as likeness."""
+    little less than 0. Google's code takes the biased estimator and the paper CLIP's embeddings: figures of
+    theirs are not comparable. A resample weighs each item by how often it was drawn. It leaves out an item's
+    pair with itself, because copies would count as likeness.
+    shared (n, n): which pairs (i, j) of x and y come of one clip. They too would count as likeness, so they
+    are left out, and clips are resampled as a whole. None: x and y are of different clips."""
     def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         squares = (x ** 2).sum(1)[:, None] + (y ** 2).sum(1)[None] - 2 * x @ y.T
         return np.exp(-np.maximum(squares, 0) / (2 * sigma ** 2))
-    kxx, kyy, kxy = kernel(x, x), kernel(y, y), kernel(x, y)
-    np.fill_diagonal(kxx, 0)
-    np.fill_diagonal(kyy, 0)
 
-    def value(u: np.ndarray, v: np.ndarray) -> np.ndarray:  # weights (r, n) and (r, m) -> (r,)
-        def within(k, w):
-            return ((w @ k) * w).sum(1) / (w.sum(1) ** 2 - (w ** 2).sum(1))
-        between = ((u @ kxy) * v).sum(1) / (u.sum(1) * v.sum(1))
-        return 1000.0 * (within(kxx, u) + within(kyy, v) - 2 * between)
+    def mean(u: np.ndarray, k: np.ndarray, kept: np.ndarray, v: np.ndarray) -> np.ndarray:
+        """Of k (n, m) over the pairs that are kept, by weights u (r, n) and v (r, m): (r,)."""
+        return ((u @ (k * kept)) * v).sum(1) / ((u @ kept) * v).sum(1)
+    kxx, kyy, kxy = kernel(x, x), kernel(y, y), kernel(x, y)
+    between = np.ones(kxy.shape) if shared is None else 1.0 - shared
+
+    def value(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+        return 1000.0 * (mean(u, kxx, 1 - np.eye(len(x)), u) + mean(v, kyy, 1 - np.eye(len(y)), v)
+                         - 2 * mean(u, kxy, between, v))
 
     def drawn(n: int, seed: int) -> np.ndarray:
         return np.stack([np.bincount(pick, minlength=n) for pick in resamples(n, seed)]).astype(float)
     whole = value(np.ones((1, len(x))), np.ones((1, len(y))))
-    return float(whole[0]), value(drawn(len(x), 0), drawn(len(y), 1))
+    return float(whole[0]), value(drawn(len(x), 0), drawn(len(y), 0 if shared is not None else 1))
 
 
 def pairwise_distance(x: np.ndarray) -> float:
@@ -97,3 +103,20 @@ def compare(a: tuple[float, np.ndarray], b: tuple[float, np.ndarray], n: int,
     verdict = better if low > 0 or high < 0 else "no difference shown at this n"
     needed = math.ceil(n * ((1.959964 + 0.841621) * float(np.std(draws)) / value) ** 2) if value else None
     return {"difference": [value, low, high], "n": n, "verdict": verdict, "n_needed": needed}
+
+
+def over_clips_and_seeds(by_seed: np.ndarray, draws: np.ndarray, n: int) -> tuple[list[float], float]:
+    """[mean, low, high] and the p-value of a difference that holds for other clips and other seeds alike.
+    by_seed (S,): each training seed's difference on the same n clips. draws (2000,): resampled means over the
+    seeds, where all seeds share the clips that are drawn. Both variances are added: min F' (Clark 1973, "The
+    language-as-fixed-effect fallacy") with Satterthwaite's degrees of freedom. It is conservative. One seed
+    tells nothing about others: then the interval is of clips alone, and p is 1."""
+    value, of_clips, of_seeds, s = float(by_seed.mean()), float(draws.var(ddof=1)), 0.0, len(by_seed)
+    if s > 1:
+        of_seeds = float(by_seed.var(ddof=1)) / s
+    error = math.sqrt(of_clips + of_seeds)
+    if not error:
+        return [value] * 3, float(value == 0 or s == 1)
+    freedom = error ** 4 / (of_clips ** 2 / max(1, n - 1) + of_seeds ** 2 / max(1, s - 1))
+    half = error * float(t.ppf(0.975, freedom))
+    return [value, value - half, value + half], 2 * float(t.sf(abs(value) / error, freedom)) if s > 1 else 1.0

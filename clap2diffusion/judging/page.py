@@ -20,10 +20,11 @@ from matplotlib.figure import Figure
 
 from clap2diffusion.base.statistics import show_interval
 from clap2diffusion.dataset.decoding import BadFile, load_picture, load_waveform, open_image
+from clap2diffusion.engine.gate_sweep import NAMES as SOUNDS
+from clap2diffusion.engine.gate_sweep import draw_sweep
 from clap2diffusion.judging.clips import pick_clips
 from clap2diffusion.pictures.sheets import png_bytes, spectrogram
 
-SOUNDS = {"right": "right sound", "silence": "silence", "other": "another's sound"}
 LANGUAGES = {"en": "English", "ko": "Korean"}
 SHEET_CLIPS = 30
 SOUND_RATE, SOUND_S = 24_000, 10.0
@@ -122,16 +123,9 @@ def property_plot(name: str, row: dict, title: str) -> Markup:
 
 
 def sweep_plot(stage: dict, title: str) -> Markup:
-    """Validation loss against tanh(gate), with the window and the learned value."""
-    axes = Figure().add_subplot(xlabel="tanh(gate)", ylabel="validation loss, right sound")
-    if "window" in stage:
-        axes.axvspan(*stage["window"], color=LINES["silence"], alpha=0.2, linewidth=0, label="window")
-    for when, style, line in (("before", "--", "silence"), ("after", "-", "right")):
-        rows = stage.get(f"sweep_{when}") or []
-        columns = [[row[key] for row in rows] for key in ("tanh_gate", "loss", "low", "high")]
-        band(axes, *columns, line, 0.12, linestyle=style, markersize=4, label=f"{when} stage 3")
-    if (gate := stage.get("tanh_gate")) is not None:
-        axes.axvline(gate, color=LINES["other"], linewidth=1.2, label=f"learned: {gate:.3f}")
+    """Validation loss with each sound against tanh(gate), with the window and the learned value."""
+    axes = Figure().add_subplot()
+    draw_sweep(axes, stage, {**LINES, "learned": INK})
     return svg_of(axes, title)
 
 

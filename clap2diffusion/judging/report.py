@@ -22,6 +22,7 @@ from clap2diffusion.base.device import DTYPES, pick_device
 from clap2diffusion.base.exits import UserError
 from clap2diffusion.dataset.decoding import load_waveform
 from clap2diffusion.dataset.manifest import read_manifest
+from clap2diffusion.engine.gate_sweep import find_warning, read_sweep
 from clap2diffusion.judging.clips import STAGES, pick_clips, read_results, readable
 from clap2diffusion.judging.page import TEMPLATES
 from clap2diffusion.pictures.generation import embed, load_clap
@@ -81,13 +82,15 @@ def make_report(run: Path, args: argparse.Namespace) -> dict:
 
     def each(key: str) -> dict:
         return {stage: result[key] for stage, result in results.items()}
-    gate = ("tanh_gate", "steps", "in_window", "window", "ended", "sweep_before", "sweep_after")
+    gate = {key: results["stage3"][key] for key in ("tanh_gate", "steps", "in_window", "window", "ended")}
+    gate |= {key: read_sweep(results["stage3"][key]) for key in ("sweep_before", "sweep_after")}
+    gate["warning"] = find_warning(run / "stage3")
     loss = {stage: {"first": results[stage]["first_validation"]["val_right"],
                     "best": results[stage]["validation"]["val_right"],
                     "best_step": results[stage]["best_step"]} for stage in ("stage1", "stage2")}
     return {
         "seconds": each("seconds"), "validation_loss": loss,
-        "after": each("validation"), "gate": {key: results["stage3"][key] for key in gate},
+        "after": each("validation"), "gate": gate,
         "stock_difference": each("stock_difference"), "peak_memory_mb": each("peak_memory_mb"),
         "seeds": {stage: settings[stage]["seed"] for stage in STAGES}, "settings": settings,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},

@@ -5,6 +5,7 @@ What CLAP hears: one sound, several mixed, the way from one to another, the wind
 import argparse
 import io
 import math
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -91,6 +92,8 @@ def generate(args: argparse.Namespace, request: argparse.Namespace) -> None:
     """Make and write the pictures that generate.py's flags, checked by check_request(), ask for.
     Raises UserError: the device is missing, CLAP is not the adapter's, or a sound cannot be used."""
     device, adapter_path = pick_device(args.device, args.precision)[0], request.adapter_path
+    if request.facts["warning"]:
+        print(f"warning: {adapter_path}: {request.facts['warning']}", file=sys.stderr, flush=True)
     encoder = load_clap(args.clap_model, request.facts, adapter_path)
     audio_embeds, notes = sounds(args, encoder)  # (B, E)
     negative_embeds = embed(encoder, args.negative_audio) if args.negative_audio else None

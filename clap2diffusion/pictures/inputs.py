@@ -26,7 +26,8 @@ def find_adapter(run: str) -> Path:
 
 
 def adapter_facts(path: Path) -> dict:
-    """An adapter file's metadata: stage, base_model, clap_model, fingerprints, dims, image_size, tanh_gate.
+    """An adapter file's metadata: stage, base_model, clap_model, fingerprints, dims, image_size, tanh_gate,
+    and as `warning` why stage 3 did not show that the sound helps, or ''.
     Raises UserError: it is no adapter of ours, or its content has changed since it was written."""
     try:
         with safe_open(path, framework="np") as file:
@@ -35,7 +36,8 @@ def adapter_facts(path: Path) -> dict:
             if recorded and recorded != digest(facts, {key: file.get_tensor(key) for key in file.keys()}):
                 raise UserError(f"{path}: its content does not match its SHA-256; the file was altered, use "
                                 "another copy of it")
-            return {**facts, "fingerprints": {**facts["fingerprints"]}, "dims": {**facts["dims"]}}
+            return {"warning": "", **facts, "fingerprints": {**facts["fingerprints"]},
+                    "dims": {**facts["dims"]}}
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f"{path}: not an adapter of ours ({type(e).__name__}); expected an "
                         "adapter.safetensors that a stage has written") from None

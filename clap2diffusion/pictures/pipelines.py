@@ -19,6 +19,7 @@ from clap2diffusion.base import files, tensor_file
 from clap2diffusion.base.device import DTYPES, quiet_libraries
 from clap2diffusion.base.exits import RunFailed
 from clap2diffusion.base.settings import GUIDANCE, SCHEDULERS
+from clap2diffusion.base.statistics import stratified
 from clap2diffusion.pictures.sheets import tile
 
 MOST_DIFFERENCE = 1e-4  # of stock diffusers' prediction from ours
@@ -63,7 +64,8 @@ def write_adapter(path: Path, weights: dict[str, nn.Module], unet: nn.Module, he
     """Write the file that stock diffusers loads. Its metadata are adapter_facts() and their SHA-256."""
     named = ("stage", "step", "base_model", "clap_model", "fingerprints", "dims")
     facts = {**{key: header[key] for key in named}, "image_size": header["settings"]["image_size"],
-             "tanh_gate": float(torch.tanh(weights["audio_attn"].gate.detach()))}
+             "tanh_gate": float(torch.tanh(weights["audio_attn"].gate.detach())),
+             "warning": header.get("warning", "")}
     tensors = stock_layout(weights, unet)
     # as NumPy arrays, which is how adapter_facts() reads them: a digest names the type
     facts["sha256"] = tensor_file.digest(facts, {name: tensor.numpy() for name, tensor in tensors.items()})
@@ -155,10 +157,10 @@ def pictures(pipe, audio_embeds: Tensor, prompts: list[str], guidance: float, st
 
 
 def sample_pictures(adapter_path: Path, base: Path, val, cfg, device):
-    """One picture, without a prompt, for each of the first clips of differing labels, side by side (PIL)."""
-    first = {row["label"] or row["id"]: i for i, row in reversed(list(enumerate(val.rows)))}
+    """One picture, without a prompt, for each of --samples clips, side by side (PIL)."""
     pipe, images = load_stock_pipeline(base, adapter_path, device, DTYPES[cfg.precision]), []
-    for i in sorted(first.values())[:cfg.samples]:  # one at a time, to fit wherever training fits
+    for i in stratified([row["label"] for row in val.rows], cfg.samples):
+        # one at a time, to fit wherever training fits
         sound = val[i]["audio_embeds"][:1]
         images += pictures(pipe, sound, [""], GUIDANCE, 25, [cfg.seed + i], size=cfg.image_size)
     return tile(images, columns=len(images), gap=0)
