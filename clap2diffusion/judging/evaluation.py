@@ -3,6 +3,7 @@
 Every clip keeps its starting noise for all sounds and runs, so only the sound differs and runs are paired."""
 
 import argparse
+import functools
 import hashlib
 import json
 from itertools import combinations
@@ -117,6 +118,7 @@ class Judged:
         texts = [row.text or " ".join(kind) for row, kind in zip(clips.rows, clips.kinds)]
         self.captions = judge.captions(texts)  # (n, D)
 
+    @functools.cached_property
     def real_distance(self) -> tuple[int, tuple | None]:
         """(n, CMMD's bootstrap) of the real pictures against others of their labels, a pair for each clip."""
         pairs = self.clips.reference_pictures()
@@ -176,7 +178,7 @@ def measure_table(judged: Judged, embeds: dict[str, np.ndarray], others: list[in
                        for name, of_clips in values.items()}
         if kind != "real":
             boots[kind]["cmmd"] = metrics.cmmd(images, judged.real, shared[kind])
-    n_real, distance = judged.real_distance()
+    n_real, distance = judged.real_distance
     boots["real"] |= {"cmmd": distance} if distance else {}
     table = {name: {**facts, "n": n[name],
                     **{kind: summary(*found[name]) for kind, found in boots.items() if name in found}}
