@@ -5,6 +5,7 @@ audio tokens, L text tokens, Q places in the picture, D width of the UNet's cros
 E width of CLAP's embedding (512), C x h x w latents. Nothing here knows which stage is running."""
 
 import math
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,22 +18,24 @@ from clap2diffusion.base import processes, statistics, tensor_file
 from clap2diffusion.base.exits import RunFailed, UserError
 
 # --- the audio adapter --------------------------------------------------------------------------------------
+LEAST_VARIANCE = 1e-4  # of an entry, whose mean square is 1: below it two clips have a cosine above 0.9999
 
 def whitening(audio_embeds: Tensor) -> tuple[Tensor, Tensor]:
     """The mean (E,) of sqrt(E) * audio_embeds (n, E), and the matrix (E, E) that whitens them, in float64.
     ZCA whitening (Bell & Sejnowski 1997) with a Wiener filter: the gain sqrt(v) / (v + f) of a direction of
     variance v is near 1 / sqrt(v) where v is large, and 0 where v is 0. So nothing is amplified that training
     never saw. f is a tenth of the mean variance. Silent clips are zeros and no sounds; they are left out.
-
-    Raises UserError: fewer than two clips are not silent, or all sound alike."""
+    Where all that is left sounds alike, there is nothing to whiten: the mean 0 and the identity, with a line
+    that says so."""
     x = audio_embeds[audio_embeds.any(-1)].double().cpu() * math.sqrt(audio_embeds.shape[-1])
-    if len(x) < 2:
-        raise UserError(f"the train split has {len(x)} clips that are not silent; expected at least 2; look "
-                        "at the sounds with prepare_data.py check")
+    if len(x) < 2 or x.var(0).mean() < LEAST_VARIANCE:
+        what = "all sound alike to CLAP" if len(x) else "all are silent"
+        if processes.first():
+            print(f"warning: of {len(audio_embeds)} training clips {what}: the adapter is not whitened, and "
+                  "no sound can be told from another; look at them with prepare_data.py check",
+                  file=sys.stderr, flush=True)
+        return torch.zeros_like(audio_embeds[0]).double().cpu(), torch.eye(audio_embeds.shape[-1]).double()
     variances, directions = torch.linalg.eigh(torch.cov(x.T))
-    if variances.sum() < 1e-9 * len(variances):
-        raise UserError("CLAP hears all sounds of the train split alike; expected different ones; look at "
-                        "them with prepare_data.py check, or give another --clap-model")
     variances = variances.clamp(min=0)
     gain = variances.sqrt() / (variances + 0.1 * variances.mean())
     gain *= (len(gain) / (variances * gain ** 2).sum()).sqrt()  # total variance becomes E
@@ -60,7 +63,7 @@ class AudioProjectionMLP(nn.Module):
         CLAP's embeddings vary mostly between classes. Pitch and rate lie in directions of less variance,
         which an unwhitened layer learns last. NEAR_LINEAR makes the layer's output small. Small inputs keep
         GELU nearly linear, so the tokens of two sounds add up, even for a pair that training never had. A
-        trained or larger first layer memorises the pairs of training instead. Raises UserError."""
+        trained or larger first layer memorises the pairs of training instead."""
         mean, filter_matrix = whitening(audio_embeds)
         first = self.proj[0]
         weight = first.weight.double().cpu() @ filter_matrix
@@ -337,8 +340,8 @@ class FiniteCheck:
             self.log.text(f"step {step}: gradient norm {float(grad_norm):.1f} is above {self.warn_above:g}")
         if self.in_a_row == 3:
             raise RunFailed(f"{self.log.folder}: loss or gradient not finite in steps {step - 2} to {step}; "
-                            "the last checkpoint is good; lower the learning rate or look at the samples "
-                            "named in log.txt")
+                            "nothing of these steps was kept; lower the learning rate or look at the "
+                            "samples named in log.txt")
         return finite
 
 

@@ -3,10 +3,12 @@
     python prepare_data.py world --out data/world         # the built-in sound world, nothing to download
     python prepare_data.py tuxpaint --out data/tuxpaint   # real recordings and photos: Tux Paint's stamps
     python prepare_data.py check --data-root my_data      # every unusable or suspicious row of a folder
+    python prepare_data.py clean                          # the feature caches, their sizes, which are old
 
 A manifest has one JSON object a line: image_file_name, audio_file_name, text, label, split (train, val or
-test). The sound world adds `properties` (what was drawn, for measuring later) and labels.json (a plain
-caption of each label in English and Korean, for judging). The same flags always give the same bytes."""
+test). metadata.csv is read as well, and so are Hugging Face's names for the columns. The sound world adds
+`properties` (what was drawn, for measuring later) and labels.json (a plain caption of each label in English
+and Korean, for judging). The same flags always give the same bytes."""
 
 import argparse
 
@@ -38,8 +40,19 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-bad-share", type=Number(float, 0, 1), default=0.01,
         help="share of unusable rows above which the exit code is 2")
     add("--max-suspicious-share", type=Number(float, 0, 1), default=1.0, help="the same for suspicious ones")
+    add("--splits", nargs="*", default=["train", "val"], choices=("train", "val", "test"),
+        help="splits that must have rows, val two sounds; else the exit code is 2 (default: train val)")
+    add("--base-model", default="assets/tiny/base",
+        help="base model whose tokenizer counts the captions: folder or hub name ('' = none)")
     add("--show", type=Number(int, 0), default=20, help="rows listed of each kind (0 = all)")
     add("--workers", type=Number(int, 1, 64), default=2, help="processes")
+    clean = commands.add_parser("clean", allow_abbrev=False,
+                                help="list the feature caches with their sizes; remove those that are named")
+    add = clean.add_argument
+    add("--cache-dir", default="cache", help="folder of the feature caches")
+    add("--remove", nargs="+", default=[], metavar="NAME",
+        help="caches to remove, or `old` for all that nothing needs any more; let no stage train from them "
+        "meanwhile (default: none)")
     return parser
 
 
@@ -47,6 +60,8 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if args.command == "check":
         from clap2diffusion.dataset.checking import check_data as command
+    elif args.command == "clean":
+        from clap2diffusion.dataset.cleaning import clean_caches as command
     elif args.command == "world":
         from clap2diffusion.world.making import make_world as command
     else:

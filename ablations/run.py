@@ -19,7 +19,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import soundfile
 import torch
@@ -38,6 +37,7 @@ from clap2diffusion.judging.clips import Clips  # noqa: E402
 from clap2diffusion.judging.evaluation import Judged, Subject, follow_properties  # noqa: E402
 from clap2diffusion.judging.judge import Judge  # noqa: E402
 from clap2diffusion.pictures.generation import embed, load_clap  # noqa: E402
+from clap2diffusion.pictures.pipelines import load_base_pipeline  # noqa: E402
 from clap2diffusion.world import measure, sound_world  # noqa: E402
 
 VARIANTS = {  # name: (question, stages trained); none: the default's stage 3 under another gate
@@ -69,7 +69,7 @@ def make_long_world(world: Path, out: Path) -> None:
         return
     for kind in ("audio", "images"):
         (out / kind).mkdir(parents=True, exist_ok=True)
-    lines = [line for line in (world / "metadata.jsonl").read_text().splitlines(keepends=True)
+    lines = [line for line in (world / "metadata.jsonl").read_text("utf-8").splitlines(keepends=True)
              if json.loads(line)["split"] != "test"]
     for i, row in enumerate(map(json.loads, lines)):
         waveform, rate = soundfile.read(world / row["audio_file_name"], dtype="float32")
@@ -110,12 +110,10 @@ def train(name: str, seed: int, stages: tuple, out: Path, default: Path) -> Path
 def appended_pictures(path: Path, clips: Clips, options: argparse.Namespace) -> list:
     """Pictures of the `appended` variant, whose tokens the stock pipeline takes as prompt_embeds."""
     header, tensors = tensor_file.read_tensors(path)
-    base = hub.resolve_model(header["base_model"], "base model", hub.BASE_PARTS)
+    base = hub.resolve_model(header["base_model"], "base model", beside=path)
     encoder = load_clap("", header, path)
     audio_embeds = torch.cat([embed(encoder, str(row.audio_path)) for row in clips.rows])
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(base, safety_checker=None,
-                                                             requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load_base_pipeline(base)
     dims = header["dims"]
     audio_proj = common.AudioProjectionMLP(dims["audio_embed"], dims["width"], dims["num_tokens"])
     common.load_checkpoint(path, header, tensors, {"audio_proj": audio_proj})

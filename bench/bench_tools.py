@@ -32,6 +32,7 @@ import common  # noqa: E402
 from clap2diffusion.base.device import peak_memory_mb  # noqa: E402
 from clap2diffusion.base.exits import RunFailed, run_main  # noqa: E402
 from clap2diffusion.base.files import write_atomic, write_json  # noqa: E402
+from clap2diffusion.base.progress import bar_options  # noqa: E402
 from clap2diffusion.base.settings import Number, new_parser  # noqa: E402
 
 RUN, RESIDENT = "RUN", Path("/proc/self/clear_refs")
@@ -107,7 +108,8 @@ def make_sd15(folder: Path) -> None:
 def call(*command) -> None:
     """Run a script of ours in a process of its own; where it fails, its last line is the reason."""
     command = list(map(str, command))
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True,
+                          encoding="utf-8", errors="replace")
     if done.returncode:
         said = done.stderr.strip() or done.stdout.strip()
         raise RunFailed(f"{' '.join(command)}: {said.splitlines()[-1]}")
@@ -134,17 +136,18 @@ def watch(out: Path) -> None:
 
     def after_step(*_) -> None:
         seen["steps"].append(time.time() - began)
-        memory, status = peak_memory_mb(device), Path("/proc/self/status").read_text()
+        memory, status = peak_memory_mb(device), Path("/proc/self/status").read_text(encoding="utf-8")
         seen["rss_mb"].append(int(status.split("VmRSS:")[1].split()[0]) / 1e3)
         seen["memory_mb"].append(memory.get("cuda_reserved", memory["rss"]))
         if len(seen["steps"]) == 1 and RESIDENT.exists():
-            RESIDENT.write_text("5")  # begin the peak anew: loading maps whole files beside their copies
+            # begin the peak anew: loading maps whole files beside their copies
+            RESIDENT.write_text("5", encoding="utf-8")
             if device.type == "cuda":  # what loading and validating reserved, too
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
         if len(seen["steps"]) == int(os.environ.get("WATCH_STEPS", 0)):
-            out.write_text(json.dumps(seen))
+            out.write_text(json.dumps(seen), encoding="utf-8")
             os._exit(0)
 
     def kept(*args, **options):
@@ -158,7 +161,7 @@ def watch(out: Path) -> None:
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     finally:
-        out.write_text(json.dumps(seen))
+        out.write_text(json.dumps(seen), encoding="utf-8")
 
 
 def watched(place: Path, *command, steps: int = 0) -> dict:
@@ -166,7 +169,7 @@ def watched(place: Path, *command, steps: int = 0) -> dict:
     Besides: seconds to the first step, of the median step; and the peak of memory after the first step."""
     os.environ |= {"WATCH_BEGAN": repr(time.time()), "WATCH_STEPS": str(steps)}
     call(__file__, place / "seen.json", *command)
-    seen = json.loads((place / "seen.json").read_text())
+    seen = json.loads((place / "seen.json").read_text("utf-8"))
     seen |= {"first_s": seen["steps"][0], "peak_mb": seen["memory_mb"][-1]}
     if len(seen["steps"]) > 1:
         seen["step_s"] = statistics.median(b - a for a, b in pairwise(seen["steps"]))
@@ -177,7 +180,7 @@ def watched_turns(place: Path, repeats: int, commands: dict, steps: int = 0) -> 
     """What watched() gives of each command, turn by turn; RUN in a command becomes a folder of its own."""
     found = {name: defaultdict(list) for name in commands}
     for turn in range(repeats):
-        for name in tqdm(commands, desc=f"turn {turn + 1} of {repeats}", unit="run"):
+        for name in tqdm(commands, **bar_options(desc=f"turn {turn + 1} of {repeats}", unit="run")):
             run = place / f"run-{name}-{turn}"
             command = [run if token == RUN else token for token in commands[name]]
             for key, value in watched(place, *command, steps=steps).items():

@@ -73,10 +73,10 @@ def fake_encoders(*_) -> SimpleNamespace:
 
 def make_rows(few: Path, folder: Path, n: int) -> None:
     """A data folder of n rows, whose files are hard links to those of the folder `few`."""
-    known = [json.loads(line) for line in (few / "metadata.jsonl").read_text().splitlines()]
+    known = [json.loads(line) for line in (few / "metadata.jsonl").read_text("utf-8").splitlines()]
     (folder / "images").mkdir(parents=True)
     (folder / "audio").mkdir()
-    with (folder / "metadata.jsonl").open("w") as manifest:
+    with (folder / "metadata.jsonl").open("w", encoding="utf-8") as manifest:
         for i, row in zip(range(n), cycle(known)):
             names = {"image_file_name": f"images/{i:06d}.png", "audio_file_name": f"audio/{i:06d}.wav"}
             for key, name in names.items():

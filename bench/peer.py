@@ -29,6 +29,7 @@ from tqdm import tqdm
 import common
 from clap2diffusion.base.device import DTYPES, pick_device
 from clap2diffusion.base.exits import UserError
+from clap2diffusion.base.progress import bar_options
 from clap2diffusion.dataset.cache import Decode
 from clap2diffusion.dataset.encoders import CLAPAudioEncoder
 from clap2diffusion.dataset.manifest import read_manifest
@@ -46,12 +47,12 @@ def link_pictures(world: Path, folder: Path) -> None:
     """The world's training pictures once more, as Hugging Face's imagefolder."""
     folder.mkdir()
     listed = []
-    for row in map(json.loads, (world / "metadata.jsonl").read_text().splitlines()):
+    for row in map(json.loads, (world / "metadata.jsonl").read_text("utf-8").splitlines()):
         if row["split"] == "train":
             name = Path(row["image_file_name"]).name
             (folder / name).symlink_to(world / row["image_file_name"])
             listed.append(json.dumps({"file_name": name, "text": row["text"]}))
-    (folder / "metadata.jsonl").write_text("\n".join(listed) + "\n")
+    (folder / "metadata.jsonl").write_text("\n".join(listed) + "\n", "utf-8")
 
 
 def loop(args) -> None:
@@ -88,7 +89,8 @@ def loop(args) -> None:
 
     loader = torch.utils.data.DataLoader(range(len(rows)), args.batch_size, shuffle=True, collate_fn=collate,
                                          drop_last=True)
-    bar = tqdm(islice(chain.from_iterable(repeat(loader)), args.steps), total=args.steps, unit="step")
+    batches = islice(chain.from_iterable(repeat(loader)), args.steps)
+    bar = tqdm(batches, **bar_options(total=args.steps, unit="step"))
     unet.train()
     for pixel_values, input_ids, waveforms in bar:
         with torch.no_grad():  # as in the published script nothing in it needs a gradient

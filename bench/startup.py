@@ -16,6 +16,7 @@ import bench_tools as tools
 from tqdm import tqdm
 
 from clap2diffusion.base.exits import RunFailed
+from clap2diffusion.base.progress import bar_options
 
 SCRIPTS = [f"train_stage{stage}.py" for stage in (1, 2, 3)]
 LOADING, LOAD = "import torch, load the UNet", """
@@ -29,7 +30,8 @@ os._exit(0)
 def seconds(code: int, *command) -> float:
     """Wall time of a command that must end with an exit code."""
     began = time.perf_counter()
-    done = subprocess.run([sys.executable, *command], cwd=tools.ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *command], cwd=tools.ROOT, capture_output=True,
+                          encoding="utf-8", errors="replace")
     if done.returncode != code:
         raise RunFailed(f"{command}: exit code {done.returncode}, expected {code}: {done.stderr[-300:]}")
     return time.perf_counter() - began
@@ -43,7 +45,7 @@ def main(args, place: Path) -> None:
     for script in SCRIPTS[:2]:  # what stages 2 and 3 begin with
         tools.call(script, *flags, "--run", place / "before")
     found = defaultdict(list)
-    for turn in tqdm(range(args.repeats + 1), desc="turns"):
+    for turn in tqdm(range(args.repeats + 1), **bar_options(desc="turns")):
         for script in SCRIPTS:
             found[f"{script} --help"].append(seconds(0, script, "--help"))
             found[f"{script} --no-such-flag"].append(seconds(2, script, "--no-such-flag"))

@@ -204,7 +204,8 @@ def write_config(path: Path, world: Path, run: Path, cache: Path, **common) -> P
                                "batch_size": 4, "precision": "fp32", "val_draws": 1, "val_clips": 8,
                                "samples": 0, "save_every": 3, "log_every": 1, "keep": 3, **common},
                     "stage1": {"steps": 10, "learning_rate": 1e-3, "warmup_steps": 2, "validate_every": 5},
-                    "stage2": {"steps": 10, "learning_rate": 1e-3, "validate_every": 5, "ema_decay": 0.9},
+                    "stage2": {"steps": 10, "learning_rate": 1e-3, "validate_every": 5, "ema_decay": 0.9,
+                               "best_metric": "silence_minus_right"},  # by val_right the best LoRA is 0
                     "stage3": {"steps": 10, "validate_every": 0, "require_proof": False}}))
     return path
 

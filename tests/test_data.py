@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,14 +15,22 @@ import numpy as np
 import pytest
 import soundfile as sf
 import torch
-from conftest import PATIENCE_S, ROOT, wait_for
+from conftest import PATIENCE_S, ROOT, ok, script, wait_for
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from clap2diffusion.base import processes
+from clap2diffusion.base import files, processes
 from clap2diffusion.base.exits import RunFailed, UserError
 from clap2diffusion.dataset import cache as feature_cache
 from clap2diffusion.dataset import encoders
-from clap2diffusion.dataset.cache import Build, build_features, cache_key, model_fingerprints
+from clap2diffusion.dataset.cache import (
+    Build,
+    Known,
+    build_features,
+    cache_key,
+    file_stats,
+    model_fingerprints,
+)
 from clap2diffusion.dataset.dataset import AudioImageDataset, make_loader, step_batches
 from clap2diffusion.dataset.decoding import BadFile, decode_audio, load_image, load_waveform
 from clap2diffusion.dataset.manifest import SPLITS, read_manifest
@@ -345,8 +354,8 @@ GOOD = {"image_file_name": "images/0.png", "audio_file_name": "audio/0.wav", "te
 @pytest.mark.parametrize("line, reason", [
     ('{"image_file_name": "im', "not one JSON object"), ("[1]", "got a JSON list"),
     ("\udcff", "not one JSON object"),
-    ({"text": None}, "text: got null"), ({"text": 3}, "text: got 3"), ({"label": 3}, "label: got 3"),
-    ({"split": "dev"}, "split: got 'dev'"), ({"audio_file_name": ""}, "is empty"),
+    ({"text": None}, "text: got null"), ({"text": 3}, "text: got 3"), ({"label": 3.5}, "label: got 3.5"),
+    ({"split": "held out"}, "split: got 'held out'"), ({"audio_file_name": ""}, "is empty"),
     ({"audio_file_name": "../audio/0.wav"}, "'..'"), ({"image_file_name": "/etc/0.png"}, "is absolute"),
     ({"audio_file_name": "leak.wav"}, "a link that leaves"), ({}, "the same row as metadata.jsonl line 1"),
     ({"text": "other", "split": "test"}, "in split test here and in train at metadata.jsonl line 1"),
@@ -365,7 +374,8 @@ def test_bad_rows_name_line_and_reason(tmp_path, line, reason):
 def test_missing_key_founding_lists_and_empty_manifests(tmp_path):
     root = folder(tmp_path / "data", 3)
     (root / "metadata.jsonl").write_text('{"text": "a"}\n')
-    assert "image_file_name is missing" in read_manifest(root)[1][0]
+    with pytest.raises(UserError, match="line 1: the key image_file_name is missing"):
+        read_manifest(root)
     for content, error in (("", "no rows"), (" \r\n\n", "no rows"), (None, "no metadata.jsonl")):
         (root / "metadata.jsonl").unlink() if content is None else (root / "metadata.jsonl").write_text(
             content)
@@ -430,7 +440,7 @@ def test_key_follows_content_and_a_finished_cache_loads_no_encoder(tmp_path, mod
     def key(**options):
         rows, bad = read_manifest(root)
         settings = {"image_size": SIZE} | options
-        return cache_key(root, rows, bad, model_fingerprints(*models), settings)
+        return cache_key(rows, [*map(file_stats, rows)], bad, model_fingerprints(*models), settings)
 
     keys = [key(), key(windows=2)]
     sound(root / "audio/3.wav", 99)
@@ -451,7 +461,7 @@ def test_damaged_shards_and_stale_files_are_replaced(tmp_path, models, encoded):
     lines = []
     assert build(root, models, tmp_path / "cache", lines.append) == cache
     assert encoded == [4, 2] and content(cache) == whole and not list(cache.glob(".*.tmp"))
-    assert sum("is damaged" in line for line in lines) == 2
+    assert sum("building it again" in line for line in lines) == 2
     assert sum(line.startswith("removed") for line in lines) == 1
 
 
@@ -571,18 +581,306 @@ def test_processes_build_the_cache_in_shares(tmp_path, models, monkeypatch):
     root = folder(tmp_path / "data", 18)
     whole = build(root, models, tmp_path / "one")
     rows, _ = read_manifest(root)
-    key, shared, written = json.loads((whole / "index.json").read_text())["key"], tmp_path / "two", []
+    one, shared, written = json.loads((whole / "index.json").read_text()), tmp_path / "two", []
+    key = one["key"]
     shared.mkdir()
     for rank in (1, 0, 2):
         monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
         monkeypatch.setattr(processes, "world", lambda: 3)
-        build_ = Build(shared, key, rows, {}, print)
+        build_ = Build(shared, key, one["made_by"], rows, [*map(file_stats, rows)], {}, print, Known([], {}))
         build_.fill(*models, {"image_size": SIZE, "windows": 1, "flip": False}, 16, 0, "cpu")
         written.append({path.name for path in shared.iterdir()} - set().union(*written))
     assert [len([name for name in names if name.startswith("rows")]) for names in written] == [2, 2, 1]
     for path in whole.glob("*.safetensors"):
         assert (shared / path.name).read_bytes() == path.read_bytes(), path.name
-    assert build_.index()["rows"] == json.loads((whole / "index.json").read_text())["rows"]
+    build_.finish([], len(rows))
+    assert json.loads((shared / "index.json").read_text()) == one
+
+
+def everything(root: Path, cache: Path) -> dict:
+    """All the tensors of a data folder's rows, by id."""
+    found = {}
+    for split in ("train", "val"):
+        dataset = AudioImageDataset(root, split, cache)
+        for i, row in enumerate(dataset.rows):
+            found[row["id"]] = {key: value for key, value in dataset[i].items() if key != "index"}
+    return found
+
+
+def same(first: dict, second: dict) -> bool:
+    return first.keys() <= second.keys() and all(torch.equal(first[row][key], second[row][key])
+                                                 for row in first for key in first[row])
+
+
+@pytest.fixture
+def texts(monkeypatch) -> list:
+    """The captions that are encoded."""
+    captions, plain = [], encoders.Encoders.text
+    monkeypatch.setattr(encoders.Encoders, "text",
+                        lambda self, batch: captions.extend(batch) or plain(self, batch))
+    return captions
+
+
+def test_one_row_more_encodes_that_row_alone(tmp_path, models, encoded, texts):
+    root, lines = folder(tmp_path / "data"), []
+    first = build(root, models, tmp_path / "cache")
+    before = everything(root, first)
+    rows = [json.loads(line) for line in (root / "metadata.jsonl").read_text().splitlines()]
+    picture(root / "images/10.png", 10)
+    sound(root / "audio/10.wav", 10)
+    more = {"image_file_name": "images/10.png", "audio_file_name": "audio/10.wav", "text": "a new scene",
+            "label": "a", "split": "train"}
+    manifest(root, [more, *rows])  # in front, where it moves all others
+    encoded.clear(), texts.clear()
+    second = build(root, models, tmp_path / "cache", lines.append)
+    assert second != first and encoded == [1] and texts == ["a new scene"]
+    assert "10 of 11 rows are known from caches in" in lines[0]
+    after = everything(root, second)
+    assert len(after) == 11 and same(before, after)
+    alone = everything(root, build(root, models, tmp_path / "anew"))
+    for row, item in alone.items():  # in another batch sums are rounded otherwise
+        for key, value in item.items():
+            torch.testing.assert_close(after[row][key], value, atol=1e-5, rtol=1e-4)
+    shutil.rmtree(first)  # either may go
+    assert same(before, everything(root, second)) and build(root, models, tmp_path / "cache") == second
+    encoded.clear()
+    manifest(root, rows)
+    assert same(before, everything(root, build(root, models, tmp_path / "cache"))) and not encoded
+
+
+def test_a_copied_folder_encodes_nothing_and_has_the_same_content(tmp_path, models, encoded, texts):
+    root = folder(tmp_path / "data")
+    first = build(root, models, tmp_path / "cache")
+    copy = tmp_path / "copy"
+    shutil.copytree(root, copy)
+    for path in copy.rglob("*.*"):
+        os.utime(path, (1, 1))
+    encoded.clear(), texts.clear()
+    second = build(copy, models, tmp_path / "cache")
+    assert second != first and not encoded and not texts
+    assert same(everything(root, first), everything(copy, second))
+    contents = [AudioImageDataset(root, "train", cache).content for cache in (first, second)]
+    assert contents[0] == contents[1]  # by which a run knows that it goes on with the same features
+    linked = [path for path in second.glob("*.safetensors") if path.stat().st_nlink == 2]
+    assert len(linked) == len(list(first.glob("*.safetensors"))) == 4
+    picture(copy / "images/3.png", 77)  # another picture
+    third = build(copy, models, tmp_path / "cache")
+    assert encoded == [1] and AudioImageDataset(copy, "train", third).content != contents[0]
+    before, after = everything(root, first), everything(copy, third)
+    changed = [row for row in before
+               if not torch.equal(before[row]["latents_mean"], after[row]["latents_mean"])]
+    assert changed == ["audio/3.wav+images/3.png"]
+    assert same({row: before[row] for row in before if row not in changed}, after)
+
+
+def test_caches_that_came_from_one_another_do_not_mix_their_shards_up(tmp_path, models, encoded):
+    """The first cache goes and is made again from the second; the third takes from both, whose numbers are
+    alike."""
+    root, cache = folder(tmp_path / "data", 12), tmp_path / "cache"
+    whole = everything(root, build(root, models, tmp_path / "whole"))
+    rows = [json.loads(line) for line in (root / "metadata.jsonl").read_text().splitlines()]
+
+    def of(*places: int) -> Path:
+        manifest(root, [rows[i] for i in places])
+        return build(root, models, cache)
+    first, second = of(0, 1, 4), of(0, 1, 9)
+    shutil.rmtree(first)
+    assert of(0, 1, 4) == first
+    shutil.rmtree(second)
+    last = of(9, 11, 4, 1, 0, 10)
+    assert first != last and len(everything(root, last)) == 6
+    for row, item in everything(root, last).items():
+        for key, value in item.items():
+            torch.testing.assert_close(value, whole[row][key], atol=1e-5, rtol=1e-4)
+
+
+def test_a_file_that_changes_during_the_build_is_encoded_again(tmp_path, models, encoded, monkeypatch):
+    root, plain = folder(tmp_path / "data"), encoders.Encoders.rows
+
+    def rows(self, decoded, *more):
+        picture(root / "images/0.png", 99)  # it is decoded by now
+        return plain(self, decoded, *more)
+    monkeypatch.setattr(encoders.Encoders, "rows", rows)
+    build(root, models, tmp_path / "cache")
+    monkeypatch.setattr(encoders.Encoders, "rows", plain)
+    again = everything(root, build(root, models, tmp_path / "cache"))
+    whole = everything(root, build(root, models, tmp_path / "anew"))
+    for row in whole:
+        torch.testing.assert_close(again[row]["latents_mean"], whole[row]["latents_mean"], atol=1e-5,
+                                   rtol=1e-4)
+
+
+def test_equal_names_sizes_and_times_in_another_folder_are_no_equal_files(tmp_path, models, encoded):
+    """As archives and containers give all files one time."""
+    roots = [folder(tmp_path / name, n) for name, n in (("one", 6), ("two", 7))]
+    for n, root in enumerate(roots):
+        for i in range(6 + n):
+            pixels = np.random.default_rng([n, i]).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / f"images/{i}.bmp")  # of one size whatever is drawn
+        manifest(root, [json.loads(line) | {"image_file_name": f"images/{i}.bmp"} for i, line in enumerate(
+            (root / "metadata.jsonl").read_text().splitlines())])
+        for path in root.rglob("*.*"):
+            os.utime(path, (1, 1))
+    first, second = (everything(root, build(root, models, tmp_path / "cache")) for root in roots)
+    assert encoded == [4, 2, 4, 3]
+    assert not any(torch.equal(first[row]["latents_mean"], second[row]["latents_mean"]) for row in first)
+
+
+def test_a_cut_copy_of_a_shard_is_mended(tmp_path, models, encoded):
+    """Where a cache was copied, its shards are files of their own and may be cut like any other."""
+    root = folder(tmp_path / "data")
+    build(root, models, tmp_path / "cache")
+    rows = [json.loads(line) for line in (root / "metadata.jsonl").read_text().splitlines()]
+    manifest(root, rows[:9])
+    second = build(root, models, tmp_path / "cache")
+    before = everything(root, second)
+    for path in second.glob("*.safetensors"):
+        content = path.read_bytes()
+        path.unlink()
+        path.write_bytes(content[:len(content) // 2])
+    encoded.clear()
+    assert build(root, models, tmp_path / "cache") == second and not encoded
+    assert same(before, everything(root, second))
+
+
+def test_what_a_killed_build_has_made_is_known_to_another(tmp_path, models, encoded, monkeypatch):
+    root, plain = folder(tmp_path / "data"), files.write_atomic
+    rows = [json.loads(line) for line in (root / "metadata.jsonl").read_text().splitlines()]
+
+    def full(path, content):
+        if path.name == "index.json":
+            raise RunFailed("no space left")
+        plain(path, content)
+    monkeypatch.setattr(files, "write_atomic", full)
+    with pytest.raises(RunFailed):
+        build(root, models, tmp_path / "cache")
+    monkeypatch.setattr(files, "write_atomic", plain)
+    rows[5]["text"] = "another caption"
+    manifest(root, rows)
+    encoded.clear()
+    assert len(everything(root, build(root, models, tmp_path / "cache"))) == 10 and not encoded
+
+
+def test_a_split_whose_files_are_all_broken_is_told_before_encoding(tmp_path, models, encoded):
+    root = folder(tmp_path / "data")
+    for i in (4, 9):
+        (root / f"audio/{i}.wav").write_bytes(b"no sound")
+    with pytest.raises(UserError, match="no usable row in split 'val'"):
+        build(root, models, tmp_path / "cache", max_bad_share=0.5)
+    assert not encoded
+
+
+def test_other_models_or_settings_share_nothing(tmp_path, models, encoded):
+    root = folder(tmp_path / "data")
+    build(root, models, tmp_path / "cache")
+    other = tmp_path / "clap"
+    shutil.copytree(models[1], other)
+    content = load_file(other / "model.safetensors")
+    save_file({key: value + 1e-3 * ("linear2.bias" in key) for key, value in content.items()},
+              other / "model.safetensors", {"format": "pt"})
+    for options in ({"flip": True}, {"windows": 2}):
+        encoded.clear()
+        build(root, models, tmp_path / "cache", **options)
+        assert encoded == [4, 4, 2], options
+    encoded.clear()
+    build(root, (models[0], other), tmp_path / "cache")
+    assert encoded == [4, 4, 2]
+
+
+def test_a_killed_build_beside_another_cache_goes_on(tmp_path, models, encoded, monkeypatch):
+    """Also where the other cache has gone in between: its shards are linked by then."""
+    root, plain = folder(tmp_path / "data", 14), files.write_atomic
+    rows = [json.loads(line) for line in (root / "metadata.jsonl").read_text().splitlines()]
+    manifest(root, rows[:3] + rows[9:11])
+    first = build(root, models, tmp_path / "cache")
+    manifest(root, rows)
+
+    def full(path, content):
+        if path.name.startswith("rows-00002") or path.name == "index.json":
+            raise RunFailed("no space left")
+        plain(path, content)
+    monkeypatch.setattr(files, "write_atomic", full)
+    with pytest.raises(RunFailed):
+        build(root, models, tmp_path / "cache")
+    monkeypatch.setattr(files, "write_atomic", plain)
+    shutil.copytree(tmp_path / "cache", tmp_path / "without")
+    shutil.rmtree(tmp_path / "without" / first.name)
+    encoded.clear()
+    whole = everything(root, build(root, models, tmp_path / "cache"))
+    assert encoded == [2, 2] and len(whole) == 14
+    encoded.clear()
+    again = everything(root, build(root, models, tmp_path / "without"))
+    assert encoded == [2, 2] and again.keys() == whole.keys()
+    for row, item in whole.items():
+        for key, value in item.items():
+            torch.testing.assert_close(again[row][key], value, atol=1e-5, rtol=1e-4)
+
+
+def clean(place: Path, *args) -> subprocess.CompletedProcess:
+    return script("prepare_data.py", "clean", "--cache-dir", place, *args)
+
+
+def test_clean_lists_the_caches_and_removes_the_old_ones(tmp_path, models):
+    root, cache = folder(tmp_path / "data"), tmp_path / "cache"
+    first = build(root, models, cache)
+    flipped = build(root, models, cache, flip=True)
+    shutil.copy(root / "images/3.png", tmp_path / "old.png")
+    old = os.stat(root / "images/3.png").st_mtime_ns
+    picture(root / "images/3.png", 77)
+    second = build(root, models, cache)
+    gone = build(folder(tmp_path / "gone", 6), models, cache)
+    shutil.rmtree(tmp_path / "gone")
+    half = cache / ("0" * 16)
+    half.mkdir()
+    (half / "rows-00000.safetensors").write_bytes(bytes(3_000_000))
+    (cache / "notes").mkdir()  # not ours
+    (cache / "notes/index.json").write_text("{}")
+    thesis = cache / ("1" * 16) / "thesis.txt"  # nor this, in spite of its name
+    thesis.parent.mkdir()
+    thesis.write_text("years of work")
+    (cache / ("2" * 16)).symlink_to(second)
+    before = everything(root, second)
+
+    def listed() -> dict[str, str]:
+        return {line.split()[0]: line for line in ok(clean(cache)).stdout.splitlines()}
+    lines = listed()
+    assert len(lines) == 6 and "MB shared with others)" in lines[second.name]
+    assert f"10 rows of {root}" in lines[second.name]
+    assert f"OLD: {second.name} was used later" in lines[first.name]
+    assert f"6 rows of {tmp_path / 'gone'}, which is not there now" in lines[gone.name]
+    assert "3.0 MB  not finished" in lines[half.name]
+    assert not [name for name, line in lines.items() if "OLD" in line and name != first.name]
+    # the old picture again: what is used counts, not what was built last
+    shutil.copy(tmp_path / "old.png", root / "images/3.png")
+    os.utime(root / "images/3.png", ns=(old, old))
+    assert build(root, models, cache) == first and "OLD" in listed()[second.name]
+    assert len(list(cache.iterdir())) == 8  # nothing went
+    done = clean(cache, "--remove", "notes")
+    assert done.returncode == 2 and "error: --remove notes: no such cache in" in done.stderr
+    assert "2 caches, 3 removed" in ok(clean(cache, "--remove", "old", flipped.name, half.name)).stdout
+    assert {path.name for path in cache.iterdir()} == {
+        first.name, gone.name, "notes", thesis.parent.name, "2" * 16} and thesis.exists()
+    assert build(root, models, cache) == first
+    after = everything(root, first)
+    assert same({row: before[row] for row in before if "3.png" not in row}, after)
+    done = clean(tmp_path / "none")
+    assert done.returncode == 2 and "no such folder" in done.stderr.splitlines()[-1]
+
+
+def test_clean_removes_no_cache_that_is_being_built(tmp_path, models):
+    built = build(folder(tmp_path / "data", 5), models, tmp_path / "cache")
+    holder = subprocess.Popen([sys.executable, "-c", f"""
+from pathlib import Path
+from clap2diffusion.base import files
+held = files.lock(Path({str(built)!r}))
+print("locked", flush=True)
+input()
+"""], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert holder.stdout.readline() == "locked\n"
+    done = clean(tmp_path / "cache", "--remove", built.name)
+    holder.communicate("\n")
+    assert done.returncode == 2 and "a process is building it, so it was not removed" in done.stderr
+    assert (built / "index.json").exists()
 
 
 # --- training side ------------------------------------------------------------------------------------------

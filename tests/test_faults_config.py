@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import BASE, CLAP, ENV, PATIENCE_S, ROOT
 from faults import Case, check
+from safetensors.numpy import load_file, save_file
 
 STAGE = "train_stage1.py"
 
@@ -45,6 +46,74 @@ def cut_config(d: Path) -> list:
     path = d / "base/unet/config.json"
     path.write_text(path.read_text()[:100])
     return [STAGE, "--run", d / "run", "--base-model", d / "base"]
+
+
+def base_with(change, name: str = STAGE):
+    """A copy of the base model that change(folder) makes faulty, given to a stage."""
+    def make(d: Path) -> list:
+        shutil.copytree(BASE, d / "base")
+        change(d / "base")
+        return [name, "--run", d / "run", "--cache-dir", d / "cache", "--clap-model", CLAP, "--base-model",
+                d / "base"]
+    return make
+
+
+def config_with(name: str, **changes):
+    """A change of a JSON file; a value of None takes the key away."""
+    def change(folder: Path) -> None:
+        content = {**json.loads((folder / name).read_text()), **changes}
+        (folder / name).write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+    return change
+
+
+def foreign_prefix(folder: Path) -> None:
+    path = folder / "text_encoder/model.safetensors"
+    save_file({"xx." + key: one for key, one in load_file(path).items()}, path)
+
+
+def without_tensor(folder: Path) -> None:
+    path = folder / "unet/diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    del tensors["mid_block.resnets.0.conv1.bias"]
+    save_file(tensors, path)
+
+
+def tokenizer_with(folder: Path, **model) -> None:
+    path = folder / "tokenizer/tokenizer.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "model": {**content["model"], **model}}))
+
+
+def foreign_merges(folder: Path) -> None:
+    tokenizer_with(folder, merges=["qqq zzz"])
+
+
+def no_merges(folder: Path) -> None:
+    tokenizer_with(folder, merges=[])
+
+
+def whole_numbers(folder: Path) -> None:
+    path = folder / "unet/diffusion_pytorch_model.safetensors"
+    save_file({name: one.astype("int8") for name, one in load_file(path).items()}, path)
+
+
+def flow_matching(folder: Path) -> None:
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps({
+        "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}))
+
+
+def lost(name: str):
+    return lambda folder: (folder / name).unlink()
+
+
+def one_file(d: Path) -> list:
+    (d / "sd15.ckpt").write_bytes(b"PK")
+    return [STAGE, "--run", d / "run", "--base-model", d / "sd15.ckpt"]
+
+
+def pointer(folder: Path) -> None:
+    (folder / "vae/diffusion_pytorch_model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 334643268\n")
 
 
 def not_there_yet(d: Path, _) -> None:
@@ -109,6 +178,20 @@ CONFIGS = [
          "error: {d}/c.json: stage3.adam_8bit: unknown key; "),
     Case("a UNet in BF16 without autocast", flags("--precision", "fp32", "--frozen-dtype", "bf16"), 2,
          "error: --frozen-dtype bf16 needs --precision bf16"),
+    Case("drops above 1 by flags",
+         flags("--caption-drop", "0.9", "--audio-drop", "0.5", "--both-drop", "0.1"), 2,
+         "error: --caption-drop 0.9, --audio-drop 0.5, --both-drop 0.1 are 1.5 together, expected at most 1"),
+    Case("drops above 1 by a config", config('{"stage1": {"caption_drop": 1}}'), 2,
+         "error: --caption-drop 1 ({d}/c.json [stage1]), --audio-drop 0.05, --both-drop 0.05 are 1.1 "),
+    Case("drops above 1 in stage 3", flags("--audio-drop", "0.6", name="train_stage3.py"), 2,
+         "error: --caption-drop 0.5, --audio-drop 0.6, --both-drop 0 are 1.1 together"),
+    Case("drops of 1 that are not 1 in binary", flags(
+        "--caption-drop", "0.33", "--audio-drop", "0.56", "--both-drop", "0.11", "--dry-run"), 0,
+         "caption_drop             0.33"),
+    Case("one validation clip", flags("--val-clips", "1"), 2,
+         "error: --val-clips 1: validation compares each clip with another's sound; give at least 2"),
+    Case("one validation clip by a config", config('{"common": {"val_clips": 1}}'), 2,
+         "error: --val-clips 1 ({d}/c.json [common]): validation compares each clip"),
     Case("an abbreviated flag", flags("--batch", "2"), 2,
          "error: unrecognized arguments: --batch 2 (see train_stage1.py --help)"),
     Case("an unknown flag", flags("--no-such-flag"), 2,
@@ -121,15 +204,71 @@ CONFIGS = [
 ]
 MODELS = [
     Case("base model missing", flags("--run", "d/run", "--clap-model", CLAP, "--base-model", "d/none"), 2,
-         "error: base model '{d}/none': {d}/none/unet/config.json is missing; expected a folder",
+         "error: base model '{d}/none': there is no such folder here; expected a folder as from_pretrained",
          not_there_yet),
     Case("CLAP missing", flags("--run", "d/run", "--base-model", BASE, "--clap-model", "d/none"), 2,
-         "error: CLAP model '{d}/none': {d}/none/config.json is missing; expected a folder", not_there_yet),
+         "error: CLAP model '{d}/none': there is no such folder here; expected a folder", not_there_yet),
     Case("a folder that holds no CLAP", flags("--run", "d/run", "--base-model", BASE, "--clap-model", BASE),
          2, f"error: CLAP model '{BASE}': {BASE}/config.json is missing", not_there_yet),
     Case("truncated weights of the UNet", cut_weights, 2, "error: base model '{d}/base': "
          "{d}/base/unet/diffusion_pytorch_model.safetensors is not a whole file of weights"),
-    Case("a model's config cut off", cut_config, 2, "error: {d}/base/unet/config.json: not a JSON object"),
+    Case("a model's config cut off", cut_config, 2,
+         "error: base model '{d}/base': {d}/base/unet/config.json: not a JSON object"),
+    Case("a text encoder whose tensors have another prefix", base_with(foreign_prefix), 2,
+         "error: base model '{d}/base': {d}/base/text_encoder/model.safetensors: names that no CLIP text "
+         "encoder has: 36 of 36 tensors, first xx.embeddings.position_embedding.weight;", not_there_yet),
+    Case("a base model without its tokenizer.json", base_with(lost("tokenizer/tokenizer.json")), 2,
+         "error: base model '{d}/base': {d}/base/tokenizer holds neither tokenizer.json nor vocab.json with "
+         "merges.txt", not_there_yet),
+    Case("a base model without its model_index.json", base_with(lost("model_index.json")), 2,
+         "error: base model '{d}/base': {d}/base/model_index.json is missing", not_there_yet),
+    Case("the UNet of a Stable Diffusion XL",
+         base_with(config_with("unet/config.json", addition_embed_type="text_time")), 2,
+         "error: base model '{d}/base': {d}/base/unet/config.json: addition_embed_type is 'text_time', a "
+         "Stable Diffusion XL UNet; expected a Stable Diffusion 1.x or 2.x", not_there_yet),
+    Case("a scheduler for flow matching", base_with(flow_matching), 2,
+         "error: base model '{d}/base': {d}/base/scheduler/scheduler_config.json: is of "
+         "FlowMatchEulerDiscreteScheduler, for flow matching", not_there_yet),
+    Case("a scheduler without betas", base_with(config_with("scheduler/scheduler_config.json",
+                                                            beta_end=None)), 2,
+         "scheduler_config.json: DDIMScheduler without beta_end; expected beta_start", not_there_yet),
+    Case("an inpainting model", base_with(config_with("unet/config.json", in_channels=9)), 2,
+         "error: base model '{d}/base': {d}/base/unet/config.json: in_channels is 9, so this is an "
+         "inpainting model; expected 4", not_there_yet),
+    Case("a UNet with one tensor missing", base_with(without_tensor), 2,
+         "error: base model {d}/base/unet: missing tensors: 1, first mid_block.resnets.0.conv1.bias; its "
+         "weights are not those of a whole UNet2DConditionModel", not_there_yet),
+    Case("a UNet's config that makes no UNet",
+         base_with(config_with("unet/config.json", layers_per_block=[1, 1])), 2,
+         "error: base model {d}/base/unet: no UNet2DConditionModel can be made of its files (",
+         not_there_yet),
+    Case("a UNet whose config has a list for a number",
+         base_with(config_with("unet/config.json", in_channels=[4])), 2,
+         "error: base model '{d}/base': {d}/base: its files hold a value of another type than such a model's "
+         "(TypeError: ", not_there_yet),
+    Case("an index without its scheduler", base_with(config_with("model_index.json", scheduler=None)), 2,
+         "error: base model '{d}/base': {d}/base/model_index.json: scheduler is None; expected its library "
+         "and class, such as DDIMScheduler", not_there_yet),
+    Case("a noise schedule that is none",
+         base_with(config_with("scheduler/scheduler_config.json", beta_schedule="nonsense")), 2,
+         "scheduler_config.json: betas from 0.00085 to 0.012, 'nonsense'; expected 0 < beta_start <= "
+         "beta_end < 1 and one of linear, scaled_linear, squaredcos_cap_v2", not_there_yet),
+    Case("a scheduler that its library cannot make",
+         base_with(config_with("scheduler/scheduler_config.json", timestep_spacing=3, trained_betas="x")), 2,
+         "error: base model {d}/base: no StableDiffusionPipeline can be made of its files (", not_there_yet),
+    Case("a tokenizer whose merges make no words of it", base_with(foreign_merges), 2,
+         "error: base model {d}/base: no StableDiffusionPipeline can be made of its files (", not_there_yet),
+    Case("a tokenizer without merges", base_with(no_merges), 2,
+         "tokenizer.json: holds no merges, so words would be read as letters", not_there_yet),
+    Case("a UNet in whole numbers", base_with(whole_numbers), 2,
+         "weights are whole numbers, first conv_in.weight of type I8; expected floating point",
+         not_there_yet),
+    Case("a base model that is one .ckpt file", one_file, 2,
+         "error: base model '{d}/sd15.ckpt': {d}/sd15.ckpt is one file; expected a folder in diffusers' "
+         "layout, which this makes: python -c", not_there_yet),
+    Case("a pointer of Git LFS in place of weights", base_with(pointer), 2,
+         "{d}/base/vae/diffusion_pytorch_model.safetensors is a pointer of Git LFS in place of the file; "
+         "fetch it with: git lfs pull", not_there_yet),
     Case("a model that only the hub has, without network",
          flags("--run", "d/run", "--base-model", "nobody/no-such-model"), 2,
          "error: base model 'nobody/no-such-model' is neither a folder here nor in the local model cache, "

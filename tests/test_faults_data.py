@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import io
 import json
+import re
+import shlex
 import shutil
 import struct
+import subprocess
 import unicodedata
 import zlib
 from pathlib import Path
@@ -14,10 +19,13 @@ import numpy as np
 import pytest
 import soundfile as sf
 from conftest import ok, script
-from faults import Case, check
-from PIL import Image
+from faults import Case, check, pattern
+from PIL import Image, ImageCms, PngImagePlugin
 
-from clap2diffusion.dataset.decoding import BadFile, load_image, load_waveform
+from clap2diffusion.base.exits import Stopped
+from clap2diffusion.dataset.checking import look_at
+from clap2diffusion.dataset.decoding import BadFile, decode_audio, load_image, load_waveform, open_audio
+from clap2diffusion.dataset.manifest import read_manifest
 
 RATE = 16000
 COMMAND = "prepare_data.py check"
@@ -59,8 +67,8 @@ def cut(path: Path, share: float) -> None:
     path.write_bytes(content[:int(len(content) * share)])
 
 
-def checked(root: Path) -> list:
-    return [*COMMAND.split(), "--data-root", root, "--max-bad-share", 0]
+def checked(root: Path, *splits: str) -> list:
+    return [*COMMAND.split(), "--data-root", root, "--max-bad-share", 0, "--splits", *(splits or ["train"])]
 
 
 def sound(name: str, make) -> object:
@@ -86,8 +94,8 @@ def image(name: str, make) -> object:
     return build
 
 
-def manifest(change) -> object:
-    """change(root, rows) returns the manifest's bytes, or changes rows."""
+def manifest(change, *splits: str) -> object:
+    """change(root, rows) returns the manifest's bytes, or changes rows. False: there is no manifest."""
     def build(d: Path) -> list:
         rows = folder(d / "data")
         content = change(d / "data", rows)
@@ -95,7 +103,7 @@ def manifest(change) -> object:
             (d / "data/metadata.jsonl").write_bytes(content)
         elif content is not False:
             write_manifest(d / "data", rows)
-        return checked(d / "data")
+        return checked(d / "data", *splits)
     return build
 
 
@@ -190,6 +198,172 @@ def truncated(share: float, **options):
     return make
 
 
+# Sounds whose container cannot be sought, or says a wrong length or none. All play the same melody.
+
+TONE_S = 0.5
+TONES = [300 + 90 * (7 * i % 24) for i in range(24)]  # Hz; twelve seconds, no tone twice
+
+
+def melody(rate: int = RATE) -> np.ndarray:
+    t = np.arange(round(TONE_S * rate)) / rate
+    return np.concatenate([0.5 * np.sin(2 * np.pi * tone * t) for tone in TONES])
+
+
+def plays(name: str, seconds: float = 12.0, tones=TONES) -> object:
+    """The whole lasts `seconds`. Each tone sounds in its place, in the whole and in a window of its own."""
+    def check_tones(d: Path, _) -> None:
+        path = d / "data/audio" / name
+        [whole] = load_waveform(path, RATE, 100.0)
+        assert abs(len(whole) / RATE - seconds) < 0.13, len(whole) / RATE
+        for i, tone in enumerate(tones[:int(seconds / TONE_S)]):
+            [window], _ = decode_audio(path, RATE, TONE_S, start_s=i * TONE_S)
+            start = round(i * TONE_S * RATE)
+            for part in (whole[start:start + len(window)], window):
+                middle = part[round(0.2 * RATE):round(0.45 * RATE)]  # codecs are late by up to 0.1 s
+                heard = np.abs(np.fft.rfft(middle * np.hanning(len(middle)))).argmax() * RATE / len(middle)
+                assert abs(heard - tone) < 10, (i, tone, heard)
+    return check_tones
+
+
+def encoded(rate: int = RATE, sound=None, **options) -> bytearray:
+    file = io.BytesIO()
+    sf.write(file, melody(rate) if sound is None else sound, rate, **options)
+    return bytearray(file.getvalue())
+
+
+def as_bytes(change=bytes, **options):
+    """The melody as libsndfile writes it with these options, changed by change(bytes)."""
+    return lambda path: path.write_bytes(change(encoded(**options)))
+
+
+def id3(n: int) -> bytes:
+    """An ID3v2 tag with n bytes of content, at most 16383."""
+    return b"ID3\4\0\0\0\0" + bytes([n >> 7, n & 127]) + bytes(n)
+
+
+def behind_id3(content: bytes) -> bytes:
+    return id3(5000) + content
+
+
+def put(mark: bytes, offset: int, *values: tuple[str, int], riff: bool = True):
+    """Put numbers (struct form, value) at `offset` from the last `mark`; if `riff`, 0 as the file's size."""
+    def change(content: bytearray) -> bytearray:
+        place = content.rindex(mark) + offset
+        for form, value in values:
+            struct.pack_into(form, content, place, value)
+            place += struct.calcsize(form)
+        if riff:
+            content[4:8] = bytes(4)
+        return content
+    return change
+
+
+no_flac_length = put(b"fLaC", 22, (">I", 0), riff=False)
+
+
+def without_first_frame(content: bytearray) -> bytearray:
+    """An MP3 without the frame that says its length, as streams have it."""
+    return content[content.index(content[:2], 4):]
+
+
+def in_two_parts(first: str):
+    """Four seconds of noise and eight of nothing, in an MP3 of variable rate that does not say its length."""
+    def make(path: Path) -> None:
+        parts = {"loud": np.random.default_rng(0).uniform(-.5, .5, 4 * 44100), "quiet": np.zeros(8 * 44100)}
+        order = [first, *(name for name in parts if name != first)]
+        content = encoded(44100, np.concatenate([parts[name] for name in order]), format="MP3",
+                          bitrate_mode="VARIABLE", compression_level=0.3)
+        path.write_bytes(without_first_frame(content))
+    return make
+
+
+def is_in_two_parts(loud: slice):
+    def check_parts(d: Path, _) -> None:
+        [clip] = load_waveform(d / "data/audio/a.mp3", RATE, 100.0)
+        assert abs(len(clip) / RATE - 12.04) < 0.01
+        assert np.std(clip[loud]) > 0.1 and np.abs(np.delete(clip, loud)).max() < 1e-3
+        [part], _ = decode_audio(d / "data/audio/a.mp3", RATE, 1.0, start_s=9.0)
+        assert (np.std(part) > 0.1) == (loud.start > 0) == (np.std(part) > 1e-3)
+    return check_parts
+
+
+def between_chunks(content: bytearray) -> bytes:
+    """A WAV with a chunk of odd size and a broadcast chunk before its sound, and a tag behind it."""
+    return (content[:36] + b"JUNK\5\0\0\0abcde\0" + b"bext\x5a\2\0\0" + bytes(602) + content[36:]
+            + b"id3 " + struct.pack("<I", 510) + id3(500))
+
+
+def hole_in_ogg(content: bytearray) -> bytearray:
+    """100 zero bytes before a page in the middle."""
+    at = content.index(b"OggS", len(content) // 2)
+    return content[:at] + bytes(100) + content[at:]
+
+
+def hole_in_mp3(content: bytes) -> bytes:
+    return content[:len(content) // 2] + bytes(70_000) + content[len(content) // 2:]
+
+
+def no_end_mark(content: bytearray) -> bytearray:
+    content[content.rindex(b"OggS\0") + 5] &= ~4
+    return content
+
+
+def last_pages_gone(content: bytearray) -> bytearray:
+    """Cut between two Ogg pages, near the middle."""
+    return content[:content.index(b"OggS\0", len(content) // 2)]
+
+
+def plays_to_its_last_page(d: Path, _) -> None:
+    content = (d / "data/audio/a.ogg").read_bytes()
+    place = content.rindex(b"OggS\0")
+    samples = int.from_bytes(content[place + 6:place + 14], "little")
+    assert 6 * RATE < samples < 11 * RATE
+    plays("a.ogg", samples / RATE)(d, _)
+
+
+def mp3_in_wav(path: Path) -> None:
+    sound = without_first_frame(encoded(44100, format="MP3", bitrate_mode="VARIABLE"))
+    form = struct.pack("<4sIHHIIHHHHIHHH", b"fmt ", 30, 0x55, 1, 44100, 16000, 1, 0, 12, 1, 2, 418, 1, 1105)
+    data = b"WAVE" + form + b"data" + struct.pack("<I", len(sound)) + sound
+    path.write_bytes(b"RIFF" + struct.pack("<I", len(data)) + data)
+
+
+def of_layer_2(path: Path) -> None:
+    """Twelve seconds of silent MPEG layer II. Its first frame has four times the bytes of the others."""
+    frames = [b"\xff\xfd\xa4\xc0" + bytes(572), *[b"\xff\xfd\x24\xc0" + bytes(140)] * 499]
+    path.write_bytes(b"".join(frames))
+
+
+def cut_gigabytes(path: Path) -> None:
+    """The first of the three gigabytes that the header says, in a sparse file."""
+    path.write_bytes(put(b"data", 4, ("<I", 3_000_000_000))(encoded(format="WAV")))
+    with path.open("r+b") as file:
+        file.truncate(1_000_000_000)
+
+
+def is_not_read(d: Path, _) -> None:
+    read, n = sf.SoundFile.read, []
+    sf.SoundFile.read = lambda self, *a, **k: n.append(a) or read(self, *a, **k)
+    try:
+        with pytest.raises(BadFile, match="truncated"):
+            open_audio(d / "data/audio/a.wav")
+    finally:
+        sf.SoundFile.read = read
+    assert not n
+
+
+def lasts(name: str, seconds: float):
+    def check_length(d: Path, _) -> None:
+        with open_audio(d / "data/audio" / name) as sound:
+            assert abs(sound.frames / sound.samplerate - seconds) < 0.1
+        assert abs(len(load_waveform(d / "data/audio" / name, RATE, 100.0)[0]) / RATE - seconds) < 0.1
+    return check_length
+
+
+def foreign(start: bytes):
+    return lambda path: path.write_bytes(start + bytes(range(256)) * 20)
+
+
 USED = "{d}/data: 4 rows (4 train, 0 val, 0 test), 0 unusable, 0 suspicious"
 SOUNDS = [
     Case("silence", sound("a.wav", lambda p: sf.write(p, np.zeros(2 * RATE), RATE)), 0, "silent: 1"),
@@ -233,6 +407,117 @@ SOUNDS = [
     Case("a header that contradicts itself about the rate", sound("a.wav", wrong_rate), 0,
          "wrong rate claimed: 1"),
     Case("a three-hour file", sound("a.wav", three_hours), 0, "silent: 1", reads_ten_seconds),
+    Case("GSM in a WAV, which cannot be sought",
+         sound("a.wav", as_bytes(rate=8000, format="WAV", subtype="GSM610")), 0, USED, plays("a.wav")),
+    Case("FLAC behind an ID3v2 tag", sound("a.flac", as_bytes(behind_id3, format="FLAC")), 0, USED,
+         plays("a.flac")),
+    Case("MP3 of variable rate without its length", sound("a.mp3", in_two_parts("loud")), 0, USED,
+         is_in_two_parts(slice(0, 5 * RATE))),
+    Case("MP3 of variable rate without its length, quiet at first", sound("a.mp3", in_two_parts("quiet")), 0,
+         USED, is_in_two_parts(slice(7 * RATE, 100 * RATE))),
+    Case("two MP3s in one file",
+         sound("a.mp3", as_bytes(lambda c: c + id3(500) + c, rate=44100, format="MP3")), 0, USED,
+         plays("a.mp3", 24.1, TONES + TONES)),
+    *(Case(f"{kind} in Ogg whose last page has no end mark",
+           sound("a.ogg", as_bytes(no_end_mark, rate=48000, format="OGG", subtype=kind)), 0,
+           "perhaps not whole: 1", plays("a.ogg")) for kind in ("VORBIS", "OPUS")),
+    Case("a WAV whose recorder wrote no length",
+         sound("a.wav", as_bytes(put(b"data", 4, ("<I", 0)), format="WAV")), 0,
+         "its header has no length, as when a recorder is stopped", plays("a.wav")),
+    Case("a WAV of three gigabytes cut to one", sound("a.wav", cut_gigabytes), 2,
+         "sound a.wav: truncated: 999999956 of 3000000000 bytes", is_not_read),
+    Case("chunks before and behind the sound",
+         sound("a.wav", as_bytes(between_chunks, format="WAV")), 0, USED, plays("a.wav")),
+    Case("MP4 as sound", sound("a.m4a", foreign(b"\0\0\0 ftypM4A ")), 2,
+         "sound a.m4a: MP4 or M4A, which libsndfile does not read; convert it: ffmpeg -i *"),
+    Case("a web page as sound", sound("a.mp3", foreign(b"<!DOCTYPE html>")), 2,
+         "sound a.mp3: a web page, not a sound; download it again"),
+]
+# Of the same kinds, in other containers. One process serves for all.
+OTHER_SOUNDS = [
+    Case("an MP3 that has a transport stream's mark by chance",
+         sound("a.mp3", as_bytes(lambda c: c[:188] + b"G@" + c[190:], rate=44100, format="MP3")), 0, USED,
+         plays("a.mp3")),
+    Case("Ogg with a hole between two pages",
+         sound("a.ogg", as_bytes(hole_in_ogg, rate=48000, format="OGG")), 0,
+         "100 bytes between its pages are no Ogg", plays("a.ogg")),
+    Case("MP3 without its length, with 70,000 zeros in the middle",
+         sound("a.mp3", as_bytes(lambda c: hole_in_mp3(without_first_frame(c)), rate=44100, format="MP3")), 0,
+         "are no MPEG audio; used up to there"),
+    *(Case(f"{kind} in {container}",
+           sound("a.au", as_bytes(rate=rate, format=container, subtype=kind)), 0, USED, plays("a.au"))
+      for container, kind, rate in (
+          ("AIFF", "GSM610", 8000), ("W64", "GSM610", 8000), ("AU", "G721_32", 8000), ("AU", "G723_24", 8000),
+          ("WAV", "NMS_ADPCM_32", 8000), ("XI", "DPCM_16", 44100))),
+    *(Case(f"{name} behind an ID3v2 tag", sound("a.wav", as_bytes(behind_id3, format=name)), 0, USED,
+           plays("a.wav")) for name in ("WAV", "AIFF", "OGG", "MP3")),
+    Case("a piped FLAC", sound("a.flac", as_bytes(no_flac_length, format="FLAC")), 0,
+         "its header has no length", plays("a.flac")),
+    Case("a piped FLAC cut within a frame",
+         sound("a.flac", as_bytes(lambda c: no_flac_length(c)[:-500], format="FLAC")), 0,
+         "its header has no length", plays("a.flac", 11.78)),
+    *(Case(f"MP3 at {rate} Hz without its length",
+           sound("a.mp3", as_bytes(without_first_frame, rate=rate, format="MP3", bitrate_mode="VARIABLE")), 0,
+           USED, plays("a.mp3")) for rate in (11025, 24000, 32000, 48000)),
+    Case("MP3 of constant rate without its length",
+         sound("a.mp3", as_bytes(without_first_frame, rate=44100, format="MP3", bitrate_mode="CONSTANT")), 0,
+         USED, plays("a.mp3")),
+    Case("an MP3 that begins within a frame",
+         sound("a.mp3", as_bytes(lambda c: without_first_frame(c)[77:], rate=44100, format="MP3")), 0, USED,
+         plays("a.mp3")),
+    Case("MP3 whose last frame is cut",
+         sound("a.mp3", as_bytes(lambda c: without_first_frame(c)[:-100], rate=44100, format="MP3")), 0,
+         "its last frame is cut", plays("a.mp3")),
+    Case("MP3 in which the sampling rate changes",
+         sound("a.mp3", as_bytes(lambda c: c + encoded(24000, format="MP3"), rate=44100, format="MP3")), 0,
+         "its sampling rate or channels change after frame", plays("a.mp3")),
+    Case("MP3 in a WAV", sound("a.wav", mp3_in_wav), 0, USED, plays("a.wav")),
+    Case("MPEG layer II of variable rate", sound("a.mp2", of_layer_2), 0, "silent", lasts("a.mp2", 12.0)),
+    Case("Ogg that ends between two pages", sound("a.ogg", as_bytes(last_pages_gone, format="OGG")), 0,
+         "its last Ogg page has no end mark", plays_to_its_last_page),
+    Case("Ogg with a tag and zeros behind its last page",
+         sound("a.ogg", as_bytes(lambda c: c + b"TAG" + bytes(2000), format="OGG")), 0, USED, plays("a.ogg")),
+    Case("two Ogg streams in one file",
+         sound("a.ogg", as_bytes(lambda c: c + encoded(format="OGG"), format="OGG")), 0,
+         "a second Ogg stream follows", plays("a.ogg")),
+    *(Case(f"{name} without a length", sound("a.wav", as_bytes(change, format=name)), 0,
+           "its header has no length", plays("a.wav"))
+      for name, change in (("WAVEX", put(b"data", 4, ("<I", 0))),
+                           ("RF64", put(b"ds64", 8, *[("<Q", 0)] * 3, riff=False)),
+                           ("W64", put(b"data", 16, ("<Q", 24), riff=False)),
+                           ("AIFF", put(b"SSND", 4, (">I", 8))),
+                           ("AU", put(b".snd", 8, (">I", 0), riff=False)),
+                           ("CAF", put(b"data", 4, (">q", -1), riff=False)))),
+    *(Case(f"a WAV that says {size:#x} bytes, as programs write to a pipe",
+           sound("a.wav", as_bytes(put(b"data", 4, ("<I", size)), format="WAV")), 0,
+           "its header has no length", plays("a.wav"))
+      for size in (0x7FFF_F000, 0x8000_0000, 0xFFFF_FFFF, 0xFFFF_FFDB)),
+    Case("an AIFF that says 0x7f000008 bytes, as SoX writes to a pipe",
+         sound("a.aiff", as_bytes(put(b"SSND", 4, (">I", 0x7F00_0008)), format="AIFF")), 0,
+         "its header has no length", plays("a.aiff")),
+    Case("a WAV with a size of 0 for the whole file",
+         sound("a.wav", as_bytes(put(b"RIFF", 4, ("<I", 0)), format="WAV")), 0, USED, plays("a.wav")),
+    Case("a WAV that counts its header as sound",
+         sound("a.wav", as_bytes(put(b"data", 4, ("<I", 2 * 12 * RATE + 44)), format="WAV")), 0,
+         "its header says 384044 bytes of sound, the file has 384000", plays("a.wav")),
+    Case("a WAV with more behind the sound than it says",
+         sound("a.wav", as_bytes(put(b"data", 4, ("<I", 12 * RATE)), format="WAV")), 0,
+         "its header says 192000 bytes of sound; the 192000 behind them are not used", plays("a.wav", 6.0)),
+    Case("two WAVs in one file", sound("a.wav", as_bytes(lambda c: c + c, format="WAV")), 0,
+         "a second file begins behind its sound", plays("a.wav")),
+    Case("an empty WAV with a tag behind it",
+         sound("a.wav", as_bytes(lambda c: c + b"LIST\4\0\0\0INFO", sound=[], format="WAV")), 2,
+         "zero length"),
+    Case("a sound without a header, known by its name",
+         sound("a.au", lambda p: p.write_bytes(bytes(16000))), 0, "its name makes it ULAW at 8000 Hz"),
+    *(Case(f"truncated {name}", sound("a.wav", truncated(0.5, format=name)), 2, "truncated: *bytes")
+      for name in ("RF64", "W64", "AU", "CAF")),
+    *(Case(f"{name} as sound", sound("a.bin", foreign(start)), 2,
+           f"{name}, which libsndfile does not read; convert it: ffmpeg -i a.bin a.flac")
+      for name, start in (("WebM or Matroska", b"\x1aE\xdf\xa3"), ("Windows Media", b"0&\xb2u\x8ef\xcf\x11"),
+                          ("AMR", b"#!AMR\n"), ("AAC", b"\xff\xf1\x50\x80"), ("WavPack", b"wvpk"))),
+    Case("a pointer of Git LFS", sound("a.wav", foreign(b"version https://git-lfs.github.com/spec/v1")), 2,
+         "a pointer of Git LFS, not the sound itself; run git lfs pull"),
 ]
 
 
@@ -308,6 +593,253 @@ def broken_avif(path: Path) -> None:
     raise AssertionError("no byte does it")
 
 
+def entry(tag: int, kind: int, count: int, value: bytes) -> bytes:
+    return struct.pack("<HHI", tag, kind, count) + value.ljust(4, b"\0")
+
+
+def exif(*entries: bytes) -> bytes:
+    """EXIF as it stands in a file, of entries that Pillow itself would not write."""
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
+
+
+TURN = entry(0x0112, 3, 1, struct.pack("<H", 6))  # a quarter turn
+FLOAT_MAKER = entry(0x010F, 11, 1, struct.pack("<f", 1.5))
+XMP = b'<rdf:RDF><rdf:Description tiff:Orientation="6"/></rdf:RDF>'
+
+
+def top_is_red(path: Path, **options) -> Path:
+    """A picture of 96x64, red on the left and blue on the right. Turned upright, red is on top."""
+    one = Image.new("RGB", (96, 64), (0, 0, 255))
+    one.paste((255, 0, 0), (0, 0, 48, 64))
+    one.save(path, **options)
+    return path
+
+
+def is_red_above_blue(name: str, red=(255, 0, 0), blue=(0, 0, 255)):
+    def check_turn(d: Path, _) -> None:
+        pixels = values(d, name, 64)  # the middle square of 64x96 upright
+        assert np.abs(pixels[4:28] - red).max() <= 3 and np.abs(pixels[36:60] - blue).max() <= 3
+    return check_turn
+
+
+def odd_tiff(path: Path) -> None:
+    """A TIFF whose XMP is a tag of numbers and whose maker's tag has a type that no reader knows."""
+    top_is_red(path, compression="tiff_lzw")
+    content = bytearray(path.read_bytes())
+    at = int.from_bytes(content[4:8], "little")
+    count = int.from_bytes(content[at:at + 2], "little")
+    tags = [bytes(content[at + 2 + 12 * i:at + 14 + 12 * i]) for i in range(count)]
+    tags += [TURN, entry(0x010F, 99, 1, b""), entry(700, 4, 2, struct.pack("<I", 8))]
+    directory = struct.pack("<H", len(tags)) + b"".join(sorted(tags, key=lambda t: t[1::-1])) + bytes(4)
+    content[4:8] = len(content).to_bytes(4, "little")
+    path.write_bytes(content + directory)
+
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def icc_tag(name: bytes, profile: bytes = SRGB) -> slice:
+    """Where a tag's three numbers stand in an ICC profile."""
+    at = profile.index(name)  # in the table of tags
+    start = int.from_bytes(profile[at + 4:at + 8])
+    return slice(start + 8, start + 20)
+
+
+def with_colorants(*rows: bytes) -> bytes:
+    profile = bytearray(SRGB)
+    for name, row in zip((b"rXYZ", b"gXYZ", b"bXYZ"), rows):
+        profile[icc_tag(name)] = row
+    return bytes(profile)
+
+
+EXCHANGED = with_colorants(SRGB[icc_tag(b"gXYZ")], SRGB[icc_tag(b"rXYZ")])
+P3 = np.array([[.51512, .2412, -.00105], [.29198, .69225, .04189], [.1571, .06657, .78407]])  # XYZ under D50
+DISPLAY_P3 = with_colorants(*(struct.pack(">3i", *(round(x * 65536) for x in row)) for row in P3))
+
+
+def profile_of(space: bytes, kind: bytes, pcs: bytes, **tags: bytes) -> bytes:
+    """A small ICC profile of version 2."""
+    table, body = b"", b""
+    for name, content in tags.items():
+        table += struct.pack(">4sII", name.encode(), 132 + 12 * len(tags) + len(body), len(content))
+        body += content
+    white = struct.pack(">3i", *(round(x * 65536) for x in (.9642, 1, .8249)))
+    size = 132 + len(table) + len(body)
+    head = struct.pack(">I4xI4s4s4s12x4s28x12s48x", size, 0x02400000, kind, space, pcs, b"acsp", white)
+    return head + struct.pack(">I", len(tags)) + table + body
+
+
+LINEAR_GRAY = profile_of(b"GRAY", b"mntr", b"XYZ ", wtpt=b"XYZ " + bytes(4) + struct.pack(
+    ">3i", 63190, 65536, 54061), kTRC=b"curv" + bytes(8))
+RAMP_8 = bytes(range(256))
+# inks of which only cyan prints, and prints black: a table of 2 x 2 x 2 x 2 nodes in Lab
+CYAN_IS_BLACK = profile_of(
+    b"CMYK", b"prtr", b"Lab ", A2B0=b"mft1" + bytes(4) + bytes([4, 3, 2, 0])
+    + struct.pack(">9i", *(65536 * (i % 4 == 0) for i in range(9))) + RAMP_8 * 4
+    + b"".join(bytes([255 * (node < 8), 128, 128]) for node in range(16)) + RAMP_8 * 3)
+
+
+def plain(colour, mode: str = "RGB", **options):
+    return lambda path: Image.new(mode, (96, 96), colour).save(path, **options)
+
+
+def colours(path: Path) -> np.ndarray:
+    """Colours inside sRGB and outside, in blocks that a JPEG keeps."""
+    grid = np.random.default_rng(3).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    pixels = grid.repeat(16, 0).repeat(16, 1)
+    Image.fromarray(pixels).save(path, icc_profile=DISPLAY_P3)
+    return pixels
+
+
+def is_display_p3(d: Path, _) -> None:
+    """The same by the two sets of colorants and sRGB's curve, without a colour management library."""
+    coded = colours(d / "again.png") / 255
+    linear = np.where(coded <= .04045, coded / 12.92, ((coded + .055) / 1.055) ** 2.4)
+    srgb = np.array([[.43607, .22249, .01392], [.38515, .71687, .09708], [.14307, .06061, .7141]])
+    linear = np.clip(linear @ P3 @ np.linalg.inv(srgb), 0, 1)
+    coded = np.where(linear <= .0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - .055)
+    assert np.abs(values(d, "a.png") - coded * 255).max() <= 2
+
+
+def is_the_noise(name: str):
+    """The pixels of picture(seed=5), whatever stands beside them in the file."""
+    def check_pixels(d: Path, _) -> None:
+        pixels = np.random.default_rng(5).integers(0, 256, (96, 96, 3), dtype=np.uint8)
+        assert np.abs(values(d, name) - pixels).max() <= 1
+    return check_pixels
+
+
+def png_with(name: bytes, body: bytes, right=True, at: int = 33):
+    """A PNG with one chunk more, whose checksum is right or not; at=-12 puts it behind the pixels."""
+    def make(path: Path) -> None:
+        content = picture(path, seed=5).read_bytes()
+        checksum = zlib.crc32(name + body) ^ (not right)
+        chunk = struct.pack(">I", len(body)) + name + body + struct.pack(">I", checksum)
+        path.write_bytes(content[:at] + chunk + content[at:])
+    return make
+
+
+def jpeg_with(kind: int, body: bytes, **options):
+    """A JPEG with one segment more at its start."""
+    def make(path: Path) -> None:
+        content = top_is_red(path, quality=95, **options).read_bytes()
+        path.write_bytes(content[:2] + bytes([255, kind]) + struct.pack(">H", len(body) + 2) + body
+                         + content[2:])
+    return make
+
+
+def is_red_beside_blue(name: str):
+    def check_sides(d: Path, _) -> None:
+        pixels = values(d, name, 64)
+        assert np.abs(pixels[:, :28] - (255, 0, 0)).max() <= 3
+        assert np.abs(pixels[:, 36:] - (0, 0, 255)).max() <= 3
+    return check_sides
+
+
+def two_frames(form: str):
+    def make(path: Path) -> None:
+        more = [Image.new("RGB", (96, 96), "lime")]
+        Image.new("RGB", (96, 96), "blue").save(path, form, save_all=True, append_images=more, lossless=True)
+    return make
+
+
+def tail(path: Path) -> None:
+    """A phone's moving photo, and what a web server has put behind a picture."""
+    top_is_red(path, exif=exif(TURN), quality=95)
+    path.write_bytes(path.read_bytes() + b"\0\0\0\x18ftypmp42" + bytes(5000) + b"<html>")
+
+
+def lab(path: Path) -> None:
+    source, target = map(ImageCms.createProfile, ("sRGB", "LAB"))
+    transform = ImageCms.buildTransform(source, target, "RGB", "LAB")
+    transform.apply(Image.new("RGB", (96, 96), (200, 60, 30))).save(path)
+
+
+BOMB = b"Comment\0\0" + zlib.compress(bytes(80_000_000))
+ODD_PICTURES = [
+    Case("EXIF with a maker's tag of type FLOAT beside orientation 6", image("a.jpg", lambda p: top_is_red(
+        p, exif=exif(FLOAT_MAKER, TURN), quality=95)), 0, USED, is_red_above_blue("a.jpg")),
+    Case("EXIF that is no EXIF", image("a.jpg", jpeg_with(0xE1, b"Exif\0\0" + b"\xff" * 30)), 0, USED,
+         is_red_beside_blue("a.jpg")),
+    Case("an orientation that is text", image("a.jpg", lambda p: top_is_red(
+        p, exif=exif(entry(0x0112, 2, 3, b"6a")), quality=95)), 0, USED, is_red_beside_blue("a.jpg")),
+    Case("an orientation of 0", image("a.jpg", lambda p: top_is_red(
+        p, exif=exif(entry(0x0112, 3, 1, bytes(2))), quality=95)), 0, USED, is_red_beside_blue("a.jpg")),
+    Case("an EXIF pointer out of the file", image("a.webp", lambda p: top_is_red(p, lossless=True, exif=exif(
+        TURN, entry(0x8769, 4, 1, b"\xff\xff\xff\x7f")))), 0, USED, is_red_above_blue("a.webp")),
+    Case("orientation in XMP alone, WebP", image("a.webp", lambda p: top_is_red(p, lossless=True, xmp=XMP)),
+         0, USED, is_red_above_blue("a.webp")),
+    Case("orientation in XMP alone, JPEG", image("a.jpg", lambda p: top_is_red(p, quality=95, xmp=XMP)), 0,
+         USED, is_red_above_blue("a.jpg")),
+    Case("orientation in a PNG's EXIF", image("a.png", lambda p: top_is_red(p, exif=exif(FLOAT_MAKER, TURN))),
+         0, USED, is_red_above_blue("a.png")),
+    Case("a TIFF with odd tags and an orientation", image("a.tiff", odd_tiff), 0, USED,
+         is_red_above_blue("a.tiff")),
+    Case("a JPEG with a torn Photoshop segment", image("a.jpg", jpeg_with(
+        0xED, b"Photoshop 3.0\x008BIM\x04\x04", exif=exif(TURN))), 0, USED, is_red_above_blue("a.jpg")),
+    Case("a JPEG with an empty profile segment", image("a.jpg", jpeg_with(
+        0xE2, b"ICC_PROFILE\0", exif=exif(TURN))), 0, USED, is_red_above_blue("a.jpg")),
+    Case("a JPEG whose list of pictures is torn", image("a.jpg", jpeg_with(0xE2, b"MPF\0II*\0\x08")), 0, USED,
+         is_red_beside_blue("a.jpg")),
+    Case("a phone's picture with a second one in it (MPO)", image("a.jpg", lambda p: top_is_red(
+        p, format="MPO", save_all=True, append_images=[Image.new("RGB", (96, 64))], exif=exif(TURN),
+        quality=95)), 0, USED, is_red_above_blue("a.jpg")),
+    Case("a whole JPEG with other bytes behind it", image("a.jpg", tail), 0, USED,
+         is_red_above_blue("a.jpg")),
+    Case("a profile with red and green exchanged", image("a.png", plain((255, 0, 0), icc_profile=EXCHANGED)),
+         0, USED, all_are("a.png", (0, 255, 0))),
+    Case("the same in a JPEG", image("a.jpg", plain((254, 0, 0), icc_profile=EXCHANGED, quality=95)), 0, USED,
+         all_are("a.jpg", (0, 254, 0))),
+    Case("the same in a palette", image("a.png", lambda p: Image.new("RGB", (96, 96), "red").quantize(4).save(
+        p, icc_profile=EXCHANGED)), 0, USED, all_are("a.png", (0, 255, 0))),
+    Case("the same beside alpha", image("a.png", plain((255, 0, 0, 128), "RGBA", icc_profile=EXCHANGED)), 0,
+         USED, all_are("a.png", (127, 255, 127))),
+    Case("the same, turned", image("a.jpg", lambda p: top_is_red(
+        p, exif=exif(FLOAT_MAKER, TURN), icc_profile=EXCHANGED, quality=95)), 0, USED,
+         is_red_above_blue("a.jpg", red=(0, 255, 0))),
+    Case("a profile of sRGB", image("a.png", lambda p: picture(p, seed=5, icc_profile=SRGB)), 0, USED,
+         is_the_noise("a.png")),
+    Case("a picture in Display P3", image("a.png", colours), 0, USED, is_display_p3),
+    Case("a gray picture with a linear profile", image("a.jpg", plain(128, "L", icc_profile=LINEAR_GRAY)), 0,
+         USED, all_are("a.jpg", (188, 188, 188))),
+    Case("the same with alpha", image("a.png", plain((128, 255), "LA", icc_profile=LINEAR_GRAY)), 0, USED,
+         all_are("a.png", (188, 188, 188))),
+    Case("16-bit gray with a transparent level", image("a.png", lambda p: Image.fromarray(
+        np.full((96, 96), 1000, np.uint16)).save(p, transparency=1000)), 0, USED, is_white),
+    Case("CMYK by its profile", image("a.jpg", plain((255, 0, 0, 0), "CMYK", icc_profile=CYAN_IS_BLACK)), 0,
+         USED, all_are("a.jpg", (0, 0, 0))),
+    Case("CMYK by its profile, other inks", image("a.tiff", plain(
+        (0, 255, 255, 0), "CMYK", icc_profile=CYAN_IS_BLACK)), 0, USED, all_are("a.tiff", (255, 255, 255))),
+    Case("CMYK in a JPEG, as Adobe inverts it", image("a.jpg", plain((0, 255, 255, 0), "CMYK", quality=95)),
+         0, USED, all_are("a.jpg", (255, 0, 0))),
+    Case("a picture in Lab", image("a.tiff", lab), 0, USED, all_are("a.tiff", (200, 60, 30))),
+    Case("a broken profile", image("a.png", lambda p: picture(p, seed=5, icc_profile=SRGB[:200])), 0, USED,
+         is_the_noise("a.png")),
+    Case("a profile that is no profile", image("a.png", lambda p: picture(p, seed=5, icc_profile=b"sRGB")), 0,
+         USED, is_the_noise("a.png")),
+    Case("a CMYK profile in an RGB picture", image("a.png", lambda p: picture(
+        p, seed=5, icc_profile=CYAN_IS_BLACK)), 0, USED, is_the_noise("a.png")),
+    Case("an RGB profile in a gray picture", image("a.png", plain(77, "L", icc_profile=EXCHANGED)), 0, USED,
+         all_are("a.png", (77, 77, 77))),
+    Case("a PNG text that unpacks to 80 MB", image("a.png", png_with(b"zTXt", BOMB)), 0, USED,
+         is_the_noise("a.png")),
+    Case("the same behind the pixels", image("a.png", png_with(b"zTXt", BOMB, at=-12)), 0, USED,
+         is_the_noise("a.png")),
+    Case("a PNG profile that unpacks to 80 MB", image("a.png", png_with(b"iCCP", BOMB)), 0, USED,
+         is_the_noise("a.png")),
+    Case("a PNG profile packed in an unknown way", image("a.png", png_with(b"iCCP", b"x\0\x07abc")), 0, USED,
+         is_the_noise("a.png")),
+    Case("a PNG text with a wrong checksum", image("a.png", png_with(b"tEXt", b"a\0b", right=False)), 0, USED,
+         is_the_noise("a.png")),
+    Case("a PNG's EXIF that is no EXIF", image("a.png", png_with(b"eXIf", b"\xff" * 9)), 0, USED,
+         is_the_noise("a.png")),
+    Case("a PNG resolution of three bytes", image("a.png", png_with(b"pHYs", b"abc")), 0, USED,
+         is_the_noise("a.png")),
+    Case("an animated WebP", image("a.webp", two_frames("WEBP")), 0, USED, all_are("a.webp", (0, 0, 255))),
+    Case("an animated PNG", image("a.png", two_frames("PNG")), 0, USED, all_are("a.png", (0, 0, 255))),
+    Case("a progressive JPEG", image("a.jpg", lambda p: top_is_red(p, progressive=True, quality=95)), 0, USED,
+         is_red_beside_blue("a.jpg")),
+]
 PICTURES = [
     Case("16-bit gray picture", image("a.png", lambda p: Image.fromarray(RAMP).save(p)), 0, USED,
          is_the_ramp),
@@ -381,7 +913,201 @@ def founding(root: Path, rows: list[dict]) -> bool:
     return False
 
 
+def every(key: str, value) -> object:
+    """value(name) in the place of every row's name."""
+    def apply(root: Path, rows: list[dict]) -> None:
+        for r in rows:
+            r[key] = value(r[key])
+    return apply
+
+
+def as_file(name: str, content) -> object:
+    """content(rows), bytes or text, as the data folder's only manifest."""
+    def apply(root: Path, rows: list[dict]) -> bool:
+        found = content(rows)
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(found if isinstance(found, bytes) else found.encode())
+        return False
+    return apply
+
+
+def table(rows: list[dict], separator: str = ",", names: dict | None = None) -> str:
+    """The rows as CSV, its columns called `names`."""
+    file, keys = io.StringIO(), [*rows[0]]
+    writer = csv.writer(file, delimiter=separator)
+    writer.writerow([(names or {}).get(key, key) for key in keys])
+    writer.writerows([[r[key] for key in keys] for r in rows])
+    return file.getvalue()
+
+
+def two_lines(rows: list[dict]) -> str:
+    return table([r | {"text": f'one\nscene, "{i}"'} for i, r in enumerate(rows)])
+
+
+def in_splits(**counts: int) -> object:
+    """The first rows in the splits that are named, as many as said."""
+    def apply(root: Path, rows: list[dict]) -> None:
+        for r, split in zip(rows, [split for split, n in counts.items() for _ in range(n)], strict=True):
+            r["split"] = split
+    return apply
+
+
+def one_sound(split: str) -> object:
+    def apply(root: Path, rows: list[dict]) -> None:
+        in_splits(train=2, val=2)(root, rows)
+        same = [r for r in rows if r["split"] == split]
+        same[1]["audio_file_name"] = same[0]["audio_file_name"]
+    return apply
+
+
+HUB = {"image_file_name": "image", "audio_file_name": "file_name", "text": "transcription",
+       "label": "category"}
+
+
+def hub_folders(root: Path, rows: list[dict]) -> bool:
+    """Hugging Face's layout: a metadata file in each split's folder, with names relative to it."""
+    for r, name in zip(rows, ("train/metadata.jsonl",) * 2 + ("validation/metadata.csv", "test/metadata.csv"),
+                       strict=True):
+        place = root / name
+        (place.parent / "data").mkdir(parents=True, exist_ok=True)
+        moved = {HUB[key]: f"data/{Path(r[key]).name}" for key in ("image_file_name", "audio_file_name")}
+        for key in ("image_file_name", "audio_file_name"):
+            (root / r[key]).rename(place.parent / "data" / Path(r[key]).name)
+        item = moved | {"transcription": r["text"], "category": 7}
+        with place.open("a") as file:
+            file.write(json.dumps(item) + "\n" if name.endswith("l") else table([item]))
+    return False
+
+
+def rows_are(*expected) -> object:
+    """Each row as (image, audio, text, label, split), by value."""
+    def check_rows(d: Path, _) -> None:
+        found = [(r.image, r.audio, r.text, r.label, r.split) for r in read_manifest(d / "data")[0]]
+        assert found == [*expected]
+    return check_rows
+
+
+FOUR = rows_are(*((f"images/{i}.png", f"audio/{i}.wav", f"scene {i}", "thing", "train") for i in range(4)))
+WORDS = "a red dog and a blue cat sit in the rain below an old tree while it rains and rains and rains again"
 MANIFESTS = [
+    # a file of another kind: one sentence, not one a row
+    Case("a manifest in UTF-16", manifest(lambda root, rows: lines(rows).decode().encode("utf-16")), 2,
+         "error: {d}/data/metadata.jsonl: is text in UTF-16 or UTF-32, expected UTF-8"),
+    Case("a manifest in UTF-16 without a byte order mark",
+         manifest(lambda root, rows: lines(rows).decode().encode("utf-16-le")), 2,
+         "error: {d}/data/metadata.jsonl: is text in UTF-16 or UTF-32, expected UTF-8"),
+    Case("a CSV manifest in UTF-16",
+         manifest(as_file("metadata.csv", lambda r: table(r).encode("utf-16"))), 2,
+         "error: {d}/data/metadata.csv: is text in UTF-16 or UTF-32, expected UTF-8"),
+    Case("a CSV manifest in another encoding",
+         manifest(as_file("metadata.csv", lambda r: table(r).replace("thing", "개").encode("cp949"))), 2,
+         "error: {d}/data/metadata.csv: is not UTF-8 text (byte 0xb0)"),
+    Case("a JSON list as manifest", manifest(lambda root, rows: json.dumps(rows).encode()), 2,
+         "error: {d}/data/metadata.jsonl: holds a JSON list, expected one object a line"),
+    Case("a JSON list over many lines", manifest(lambda root, rows: json.dumps(rows, indent=1).encode()), 2,
+         "error: {d}/data/metadata.jsonl: holds a JSON list, expected one object a line"),
+    Case("JSON objects over many lines", manifest(lambda root, rows: b"\n".join(
+        json.dumps(r, indent=2).encode() for r in rows)), 2,
+         "error: {d}/data/metadata.jsonl: holds JSON objects that go over several lines"),
+    Case("a manifest in gzip", manifest(lambda root, rows: gzip.compress(lines(rows))), 2,
+         "error: {d}/data/metadata.jsonl: is compressed with gzip"),
+    Case("an Excel table named .csv", manifest(as_file("metadata.csv", lambda r: b"PK\x03\x04" + bytes(99))),
+         2, "error: {d}/data/metadata.csv: is a ZIP archive or an Excel table (.xlsx)"),
+    Case("a Parquet table named .csv", manifest(as_file("metadata.csv", lambda r: b"PAR1" + bytes(99))), 2,
+         "error: {d}/data/metadata.csv: is a Parquet table"),
+    Case("a pointer of Git LFS as manifest",
+         manifest(lambda root, rows: b"version https://git-lfs.github.com/spec/v1\nsize 9\n"), 2,
+         "error: {d}/data/metadata.jsonl: is a pointer of Git LFS"),
+    Case("a web page as manifest", manifest(lambda root, rows: b"<!DOCTYPE html><html>sign in</html>"), 2,
+         "error: {d}/data/metadata.jsonl: is a web page or XML"),
+    Case("CSV named .jsonl", manifest(lambda root, rows: table(rows).encode()), 2,
+         "error: {d}/data/metadata.jsonl: holds CSV, expected JSON lines; rename it to metadata.csv"),
+    Case("JSON lines named .csv", manifest(as_file("metadata.csv", lines)), 2,
+         "error: {d}/data/metadata.csv: holds JSON, expected CSV with a header; rename it"),
+    Case("lines that end with CR alone", manifest(lambda root, rows: lines(rows).replace(b"\n", b"\r")), 2,
+         "error: {d}/data/metadata.jsonl: its lines end with CR alone"),
+    Case("a manifest of another letter case", manifest(as_file("Metadata.JSONL", lines)), 2,
+         "error: {d}/data: no metadata.jsonl in this folder, and no metadata.csv; Metadata.JSONL is none of"),
+    Case("a manifest one folder below", manifest(as_file("set/metadata.csv", table)), 2,
+         "error: {d}/data: no metadata.jsonl in this folder, and no metadata.csv; set/metadata.csv is none"),
+    Case("a CSV quote that is not closed",
+         manifest(as_file("metadata.csv", lambda r: table(r).replace("scene 1", '"scene 1'))), 2,
+         "error: {d}/data/metadata.csv: line 3 or after it: not valid CSV (unexpected end of data)"),
+    Case("CSV without a header that is known",
+         manifest(as_file("metadata.csv", lambda r: table(r).split("\r\n", 1)[1])), 2,
+         "error: {d}/data/metadata.csv: line 1 names no column that is known"),
+    Case("a CSV column twice",
+         manifest(as_file("metadata.csv", lambda r: table(r, names={"label": "text"}))), 2,
+         "error: {d}/data/metadata.csv: the column 'text' stands twice in the header"),
+    # every row for one cause
+    Case("backslashes in every name", manifest(every("audio_file_name", lambda n: n.replace("/", "\\"))), 2,
+         "error: {d}/data: no row of the manifest can be used (4, all for one cause); metadata.jsonl line 1: "
+         "audio_file_name: * is written with backslashes"),
+    Case("another letter case in every name", manifest(every("image_file_name", str.upper)), 2,
+         "error: {d}/data: no row of the manifest can be used (4, all for one cause); metadata.jsonl line 1: "
+         "image_file_name: no file is called 'IMAGES/0.PNG', but 'images/0.png' is there"),
+    Case("web addresses as names", manifest(every("audio_file_name", lambda n: f"https://a.org/{n}")), 2,
+         "(4, all for one cause); * audio_file_name: 'https://a.org/audio/0.wav' is a web address"),
+    Case("spaces around every name", manifest(every("audio_file_name", lambda n: f" {n}")), 2,
+         "(4, all for one cause); * audio_file_name: ' audio/0.wav' begins or ends with a space"),
+    Case("names relative to another folder", manifest(every("audio_file_name", lambda n: f"data/{n}")), 2,
+         "error: {d}/data: none of the 4 sounds that the manifest names is there; the first is "
+         "{d}/data/data/audio/0.wav of metadata.jsonl line 1"),
+    Case("no column of the sound",
+         manifest(lambda root, rows: [r.pop("audio_file_name") for r in rows] and None), 2,
+         "(4, all for one cause); metadata.jsonl line 1: the key audio_file_name is missing (also read: "),
+    # one row
+    Case("another letter case in one name", manifest(change(1, audio_file_name="Audio/1.WAV")), 2,
+         "metadata.jsonl line 2: audio_file_name: no file is called 'Audio/1.WAV', but 'audio/1.wav' is"),
+    Case("two columns of one meaning that differ", manifest(change(1, caption="another")), 2,
+         "metadata.jsonl line 2: the columns text and caption are read as one and differ ('scene 1' and "),
+    Case("a key twice in a row",
+         manifest(lambda root, rows: lines(rows).replace(b'"scene 1"', b'"scene 1", "text": "b"')), 2,
+         "metadata.jsonl line 2: the key 'text' stands twice"),
+    Case("a CSV row with a cell too many",
+         manifest(as_file("metadata.csv", lambda r: table(r).replace("scene 1", "one, scene"))), 2,
+         "metadata.csv line 3: has 6 cells, the header has 5; quote cells that hold ','"),
+    Case("a file_name that may be either",
+         manifest(lambda root, rows: rows[1].update(file_name="audio/1.dat") or None), 2,
+         "metadata.jsonl line 2: file_name: 'audio/1.dat' shows by no suffix whether it is a picture or"),
+    Case("a split that contradicts its folder", manifest(as_file("train/metadata.jsonl", lambda r: lines(
+        [one | {"split": "val"} for one in r[:1]] + r[1:]))), 2,
+         "train/metadata.jsonl line 1: split: got 'val', but its file is of split train"),
+    Case("a column that nothing reads", manifest(lambda root, rows: rows[1].update(lable="x") or None), 0,
+         "columns of the manifest that nothing reads: 'lable' (did you mean 'label'?)"),
+    Case("both manifests", manifest(lambda root, rows: as_file("metadata.csv", table)(root, rows) or None), 0,
+         "{d}/data: metadata.jsonl is read, metadata.csv is not", FOUR),
+    # simply read
+    Case("a CSV manifest", manifest(as_file("metadata.csv", table)), 0, USED, FOUR),
+    Case("CSV with semicolons and a byte order mark",
+         manifest(as_file("metadata.csv", lambda r: "\ufeff" + table(r, ";"))), 0, USED, FOUR),
+    Case("CSV with tabs", manifest(as_file("metadata.csv", lambda r: table(r, "\t"))), 0, USED, FOUR),
+    Case("CSV with a newline in a cell", manifest(as_file("metadata.csv", two_lines)), 0, USED,
+         rows_are(*((f"images/{i}.png", f"audio/{i}.wav", f'one\nscene, "{i}"', "thing", "train")
+                    for i in range(4)))),
+    Case("CSV as Excel saves it", manifest(as_file("metadata.csv", lambda r: "sep=;\r\n" + table(r, ";"))), 0,
+         USED, FOUR),
+    Case("Hugging Face's column names", manifest(as_file("metadata.csv", lambda r: table(r, names=HUB))), 0,
+         USED, FOUR),
+    Case("Hugging Face's folders", manifest(hub_folders), 0,
+         "{d}/data: 4 rows (2 train, 1 val, 1 test), 0 unusable, 0 suspicious",
+         rows_are(("train/data/0.png", "train/data/0.wav", "scene 0", "7", "train"),
+                  ("train/data/1.png", "train/data/1.wav", "scene 1", "7", "train"),
+                  ("validation/data/2.png", "validation/data/2.wav", "scene 2", "7", "val"),
+                  ("test/data/3.png", "test/data/3.wav", "scene 3", "7", "test"))),
+    # too little to train from
+    Case("no validation row", manifest(lambda root, rows: None, "train", "val"), 2,
+         "error: {d}/data: 4 rows (4 train, 0 val, 0 test), *; split 'val' has no row (4 train, 0 val, 0 t"),
+    Case("no training row", manifest(in_splits(test=2, val=2), "train", "val"), 2,
+         "split 'train' has no row (0 train, 2 val, 2 test)"),
+    Case("a folder for testing alone", manifest(in_splits(test=4), "test"), 0,
+         "{d}/data: 4 rows (0 train, 0 val, 4 test), 0 unusable, 0 suspicious"),
+    Case("one validation sound", manifest(one_sound("val"), "train", "val"), 2,
+         "split 'val' has one sound only (2 train, 2 val, 0 test), expected at least two"),
+    Case("one training sound", manifest(one_sound("train"), "train", "val"), 2,
+         "split 'train' has one sound only (2 train, 2 val, 0 test), expected at least two"),
+    Case("a caption longer than the text encoder reads", manifest(change(1, text=WORDS)), 0,
+         "metadata.jsonl line 2: * tokens, of which 32 are read; left out: "),
     Case("no data folder", lambda d: checked(d / "none"), 2,
          "error: {d}/none: no such data folder; make it with prepare_data.py or correct --data-root"),
     Case("no manifest", manifest(lambda root, rows: False), 2,
@@ -436,13 +1162,13 @@ MANIFESTS = [
     Case("half of an emoji in a caption",
          manifest(lambda root, rows: lines(rows[:1]) + json.dumps(row(1, text="\ud83d")).encode() + b"\n"), 2,
          "metadata.jsonl line 2: text: *ud83d' holds half of a character"),
-    Case("an unknown split", manifest(change(1, split="dev")), 2,
-         "metadata.jsonl line 2: split: got 'dev', expected train, val or test"),
+    Case("an unknown split", manifest(change(1, split="held out")), 2,
+         "metadata.jsonl line 2: split: got 'held out', expected train, val or test"),
     Case("a caption that names the label", manifest(change(1, text="a Thing in the rain")), 0,
          "caption names the label: 1"),
     Case("an empty caption", manifest(change(1, text=" ")), 0, "empty caption: 1"),
 ]
-CASES = SOUNDS + PICTURES + MANIFESTS
+CASES = SOUNDS + PICTURES + ODD_PICTURES + MANIFESTS
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -450,9 +1176,22 @@ def test_case(case, tmp_path):
     check(case, script(*case.make(tmp_path)), tmp_path, {})
 
 
+@pytest.mark.parametrize("case", OTHER_SOUNDS, ids=str)
+def test_other_sound(case, tmp_path):
+    case.make(tmp_path)
+    [path] = (tmp_path / "data/audio").glob("a.*")
+    reason, found = look_at(("sound", path))
+    said = reason or "; ".join(f"{what}: {detail}" for what, detail in found)
+    assert bool(reason) == (case.code == 2)
+    assert said == "" if case.says == USED else re.search(pattern(case.says, tmp_path), said), said
+    if case.then:
+        case.then(tmp_path, None)
+
+
 def test_a_stage_says_the_same_of_every_unusable_file_at_once(config, tmp_path):
     """All unusable files in one folder: stage 1 lists each with the sentence above, and loads no model."""
-    rows, expected = folder(tmp_path / "data", 2), []
+    rows, expected = folder(tmp_path / "data", 6), []
+    in_splits(train=4, val=2)(tmp_path / "data", rows)  # one batch and two sounds to compare
     for n, case in enumerate(SOUNDS + PICTURES):
         if case.code == 2:
             place = tmp_path / f"case{n}"
@@ -479,6 +1218,42 @@ def test_a_stage_says_the_same_of_every_unusable_file_at_once(config, tmp_path):
     assert len(expected) >= 24 and not [one for one in expected if one not in text], text
 
 
+@pytest.mark.parametrize("name, options, change", [
+    ("a.wav", {"rate": 8000, "format": "WAV", "subtype": "GSM610"}, bytes),
+    ("a.flac", {"format": "FLAC"}, behind_id3),
+    ("a.wav", {"format": "WAV"}, put(b"data", 4, ("<I", 0))),
+    ("a.mp3", {"rate": 44100, "format": "MP3", "bitrate_mode": "VARIABLE"}, without_first_frame),
+    ("a.ogg", {"rate": 48000, "format": "OGG", "subtype": "OPUS"}, no_end_mark)],
+    ids=["cannot be sought", "behind ID3", "no length", "no Xing", "no end mark"])
+def test_several_windows_are_stretches_of_the_whole(tmp_path, name, options, change):
+    as_bytes(change, **options)(tmp_path / name)
+    with open_audio(tmp_path / name) as sound:
+        rate, total = sound.samplerate, sound.frames
+        whole = sound.windows([0], total, "float32")[0]
+    windows, flags = decode_audio(tmp_path / name, rate, 2.0, windows=3)
+    assert not flags
+    for window, start in zip(windows, np.linspace(0, total - 2 * rate, 3).round().astype(int)):
+        np.testing.assert_allclose(window, whole[start:start + 2 * rate, 0], atol=2e-3)
+
+
+@pytest.mark.skipif(not shutil.which("ffmpeg"), reason="FFmpeg makes these files")
+@pytest.mark.parametrize("name, options", [
+    ("a.m4a", "-c:a aac"), ("a.webm", "-c:a libopus -ar 48000"), ("a.aac", ""), ("a.wma", ""),
+    ("a.oga", "-c:a flac"), ("a.caf", "-c:a alac"), ("a.flac", "-f ogg -c:a flac"), ("a.ts", "-c:a mp2"),
+    ("a.wav", "-c:a g722 -ar 16000")])
+def test_the_line_that_is_given_converts_the_sound(tmp_path, name, options):
+    sf.write(tmp_path / "melody.wav", melody(), RATE)
+    command = ["ffmpeg", "-nostdin", "-v", "error", "-i", "melody.wav", *options.split(), name]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    with pytest.raises(BadFile, match="convert it: ffmpeg") as error:
+        load_waveform(tmp_path / name, RATE, 10.0)
+    line = shlex.split(str(error.value).rpartition("convert it: ")[2])
+    subprocess.run(line, cwd=tmp_path, check=True, stdin=subprocess.DEVNULL, capture_output=True)
+    (tmp_path / "data/audio").mkdir(parents=True)
+    shutil.move(tmp_path / line[-1], tmp_path / "data/audio")
+    plays(line[-1])(tmp_path, None)
+
+
 def test_check_counts_shows_and_ends_by_its_limits(tmp_path):
     """Ten rows, one unusable, two suspicious in two ways. Workers agree; the limits decide the exit code."""
     rows = folder(tmp_path / "data", 10)
@@ -487,7 +1262,7 @@ def test_check_counts_shows_and_ends_by_its_limits(tmp_path):
     picture(tmp_path / "data/images/5.png", (32, 32), seed=5)
     rows[6]["text"] = "the thing"
     write_manifest(tmp_path / "data", rows)
-    command = (*COMMAND.split(), "--data-root", tmp_path / "data")
+    command = (*COMMAND.split(), "--data-root", tmp_path / "data", "--splits", "train")
     done = script(*command)
     assert done.returncode == 2 and "1 unusable, 2 suspicious; mend or remove" in done.stderr
     assert "--max-bad-share 0.01" in done.stderr
@@ -537,3 +1312,31 @@ def test_random_bytes_and_flipped_ones_are_never_a_traceback(tmp_path):
             assert str(error)
             seen["refused"] += 1
     assert min(seen.values()) > 50, seen
+
+
+def test_odd_exif_is_read_alike_by_a_stage_and_by_generate(run, tmp_path):
+    """The picture to begin with is the one that stands upright; a stage encodes the same pixels."""
+    from clap2diffusion.dataset.cache import Decode
+    from clap2diffusion.dataset.manifest import read_manifest
+    rows = folder(tmp_path / "data")
+    odd = top_is_red(tmp_path / "data/images/odd.jpg", exif=exif(FLOAT_MAKER, TURN), quality=95)
+    write_manifest(tmp_path / "data", [rows[0] | {"image_file_name": "images/odd.jpg"}])
+    Image.open(odd).rotate(-90, expand=True).save(tmp_path / "upright.png")
+    pixels, *_ = Decode(read_manifest(tmp_path / "data", print)[0], 64, RATE, 10.0)[0]
+    np.testing.assert_array_equal(pixels, load_image(tmp_path / "upright.png", 64))
+    made = []
+    flags = ("--run", run, "--audio", tmp_path / "data/audio/0.wav", "--steps", 2, "--strength", 0.5)
+    for n, start in enumerate((odd, tmp_path / "upright.png")):
+        made.append(tmp_path / f"made-{n}.png")
+        ok(script("generate.py", *flags, "--init-image", start, "--out", made[-1]))
+    np.testing.assert_array_equal(*map(np.asarray, map(Image.open, made)))
+
+
+@pytest.mark.parametrize("error", [Stopped(15), MemoryError()], ids=repr)
+def test_a_signal_or_want_of_memory_is_no_fault_of_a_picture(error, tmp_path, monkeypatch):
+    def fail(self):
+        raise error
+    path = picture(tmp_path / "a.png")
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", fail)
+    with pytest.raises(type(error)):
+        load_image(path, 64)

@@ -500,7 +500,7 @@ FOLDERS = [
     Case("the same command again when all is done", finished(), 0, "{d}/stage1: already complete"),
     Case("a fresh start over a finished run", finished("--fresh", "--steps", 1, "--samples", 0), 0,
          "{d}/stage1: the old run is kept in {d}/stage1.before-", keeps_a_backup),
-    Case("fewer rows than a batch", few_rows, 2, "40 usable rows, fewer than a batch of 41"),
+    Case("fewer rows than a batch", few_rows, 2, "has 40 rows, fewer than a batch of 41"),
     Case("bad rows above the limit", bad_rows(), 2, "error: 3 of 71 rows cannot be used (limit 1 %), listed "
          "in *bad_rows.txt; mend or remove them, or raise --max-bad-share", lists_all_three),
     Case("a few bad rows below the limit", bad_rows("--max-bad-share", 0.1), 0,
@@ -515,7 +515,7 @@ FOLDERS = [
     Case("a row whose loss is NaN", poisoned("one"), 0,
          ": loss nan, gradient norm nan: update skipped; samples *train-00007", skips_one_update),
     Case("three updates in a row whose loss is NaN", poisoned("all"), 1,
-         "error: {d}/stage1: loss or gradient not finite in steps 0 to 2; the last checkpoint is good"),
+         "error: {d}/stage1: loss or gradient not finite in steps 0 to 2; nothing of these steps was kept"),
 ]
 PICTURES = [
     Case("no run to make a picture with", generate(run="none"), 2,

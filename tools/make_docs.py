@@ -24,7 +24,7 @@ from clap2diffusion.pictures.sheets import png_bytes, tile  # noqa: E402
 from clap2diffusion.world import sound_world as world  # noqa: E402
 
 # name: (its report, how the block's first line begins, how the line after its last one begins; "" = the end)
-BLOCKS = {"faults": ("tests/faults.py", "", ""),
+BLOCKS = {"faults": ("tests/faults.py", "", ""), "faults-data": ("tests/faults.py", "", ""),
           "stages": ("runs/tiny/report.md", "| after", "| stage |"),
           "quarters": ("runs/tiny/report.md", "| stage |", "| tanh(gate)"),
           "evaluation": ("runs/tiny/evaluation.md", "", "Win rates"),
@@ -46,7 +46,7 @@ PICTURES = {"samples.png": "runs/tiny/samples.png", "sweep.png": "runs/tiny/stag
 
 def excerpt(report: Path, first: str, after: str) -> str:
     """The lines of a report from one that begins with `first` to before one that begins with `after`."""
-    lines = [line for line in report.read_text().splitlines() if not line.startswith("# ")]
+    lines = [line for line in report.read_text(encoding="utf-8").splitlines() if not line.startswith("# ")]
     start = next((i for i, line in enumerate(lines) if line and line.startswith(first)), None)
     if start is None:
         raise RunFailed(f"{report}: no line begins with {first!r}; BLOCKS in tools/make_docs.py says so")
@@ -54,19 +54,21 @@ def excerpt(report: Path, first: str, after: str) -> str:
     return "\n".join(lines[start:next(ends, len(lines))]).strip() + "\n"
 
 
-def list_faults() -> str:
-    """Every case of the suite of faults and what the user sees, as tests/test_faults_*.py state them."""
+def list_faults(of_data: bool) -> str:
+    """Every case of the suite of faults and what the user sees, as tests/test_faults_*.py state them: those
+    of the data, or all others."""
     sys.path[:0] = [str(ROOT / "tests")]
     import test_faults_config as config
     import test_faults_data as data
     import test_faults_runs as runs
     import test_faults_signals as signals
-    groups = {"Sounds": data.SOUNDS, "Pictures": data.PICTURES, "Manifests": data.MANIFESTS,
+    groups = {"Sounds": data.SOUNDS, "Sounds of other kinds": data.OTHER_SOUNDS, "Pictures": data.PICTURES,
+              "Odd pictures": data.ODD_PICTURES, "Manifests": data.MANIFESTS} if of_data else {
               "Configs and flags": config.CONFIGS, "Models": config.MODELS, "Checkpoints": runs.CHECKPOINTS,
               "Run folders and data": runs.FOLDERS, "Making and judging pictures, making data": runs.PICTURES,
               "Full disks": [case for case, _ in runs.FULL_DISKS], "Processes": signals.PROCESSES}
-    lines = [f"{sum(map(len, groups.values()))} cases, and a signal in each of these phases: "
-             f"{', '.join(signals.NAMES)}, setting up the environment.", ""]
+    phases = f", and a signal in each of these phases: {', '.join(signals.NAMES)}, setting up the environment"
+    lines = [f"{sum(map(len, groups.values()))} cases{'' if of_data else phases}.", ""]
     for title, cases in groups.items():
         lines += [f"| {title} | exit | what you see |", "|---|---|---|", *(case.line() for case in cases), ""]
     return "\n".join(lines).strip() + "\n"
@@ -87,7 +89,8 @@ def main() -> None:
     add("--only", nargs="+", choices=[*BLOCKS], default=[*BLOCKS], help="blocks to write or check")
     add("--check", action="store_true", help="change nothing; say which blocks differ from their sources")
     args = parser.parse_args()
-    pages = {path: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+    paths = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    pages = {path: path.read_text("utf-8") for path in paths}
     stale = []  # blocks and their pages
     for name, (source, first, after) in {name: BLOCKS[name] for name in args.only}.items():
         block = re.compile(rf"(?<=<!-- {name} -->\n)(?:(?!<!--).)*(?=<!-- end -->)", re.S)
@@ -95,7 +98,8 @@ def main() -> None:
         if not found or not (ROOT / source).exists():
             print(f"{name}: " + (f"{source} is not there" if found else "no page has such a block"))
             continue
-        content = list_faults() if name == "faults" else excerpt(ROOT / source, first, after)
+        content = (list_faults(name == "faults-data") if name.startswith("faults") else
+                   excerpt(ROOT / source, first, after))
         for path in found:
             if block.search(pages[path])[0] != content:
                 stale.append((name, path))

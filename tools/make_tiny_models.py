@@ -41,6 +41,7 @@ sys.path.insert(0, str(HERE.parent))
 from clap2diffusion.base import files, workers  # noqa: E402
 from clap2diffusion.base.device import quiet_libraries  # noqa: E402
 from clap2diffusion.base.exits import run_main  # noqa: E402
+from clap2diffusion.base.progress import bar_options  # noqa: E402
 from clap2diffusion.base.settings import Number, new_parser  # noqa: E402
 from clap2diffusion.dataset.encoders import CLAPAudioEncoder, log_mel  # noqa: E402
 from clap2diffusion.judging import metrics  # noqa: E402
@@ -108,7 +109,7 @@ def train(what: str, parameters, loss_at, steps: int, learning_rate: float, ema=
     """AdamW with warm-up and cosine over loss_at(step) -> scalar; returns the seconds it took."""
     parameters, began = list(parameters), time.time()
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
-    with tqdm(range(steps), desc=what, unit="step", mininterval=5) as bar:
+    with tqdm(range(steps), **bar_options(desc=what, unit="step", mininterval=5)) as bar:
         for step in bar:
             rate = min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
             optimizer.param_groups[0]["lr"] = learning_rate * max(rate, 0.01)
@@ -174,7 +175,7 @@ def make_vae(pictures: np.ndarray, kept: Path, args: argparse.Namespace) -> tupl
 def save(folder: Path, seconds: dict, *parts) -> None:
     for part in parts:
         part.save_pretrained(folder)
-    (folder / "training.json").write_text(json.dumps(seconds) + "\n")
+    (folder / "training.json").write_text(json.dumps(seconds) + "\n", "utf-8")
 
 
 def make_base(out: Path, args: argparse.Namespace) -> None:
@@ -445,8 +446,9 @@ def main() -> None:
         seconds = {k: v for part in PARTS for k, v in files.read_json(out / part / "training.json").items()}
         report = measure(out, args, seconds)
         files.write_json(out / "report.json", report)
-        template = jinja2.Template((HERE / "tiny_models.md.j2").read_text(), keep_trailing_newline=True)
-        (out / "report.md").write_text(template.render(report))
+        source = (HERE / "tiny_models.md.j2").read_text("utf-8")
+        template = jinja2.Template(source, keep_trailing_newline=True)
+        (out / "report.md").write_text(template.render(report), "utf-8")
         print(template.render(report), flush=True)
 
 

@@ -34,7 +34,7 @@ CONTROLS = {"data": ("spaces in a name", "silence"), "config": ("a word for a nu
             "runs": ("the same command again when all is done", "a sound that is missing"),
             "signals": (f"{RAISED}[memory]", f"{RAISED}[disk]")}
 # what stands where, what it becomes and, where rows are many, a pattern of those to run
-CHANGES = json.loads(Path(__file__).with_name("mutants.json").read_text())
+CHANGES = json.loads(Path(__file__).with_name("mutants.json").read_text("utf-8"))
 
 
 def taken_out(source: str):
@@ -53,14 +53,14 @@ def mutants(target: str, left: dict[str, str]):
     """(module, what was done, its source, rows that may notice) in turn. left: {row, not red yet: words}."""
     paths = (path for pattern in TARGETS[target] for path in sorted(ROOT.glob(pattern)))
     for module in (path.relative_to(ROOT) for path in paths):
-        for where, source, said in taken_out((ROOT / module).read_text()):
+        for where, source, said in taken_out((ROOT / module).read_text("utf-8")):
             matching = {row for row, says in left.items()
                         if SequenceMatcher(None, said, says, False).find_longest_match().size >= 9}
             if matching or not said and target != "runs":
                 yield module, where, source, matching or set(left)
     for change in CHANGES[target]:
         module, old, new = change["module"], change["old"], change["new"]
-        source = (ROOT / module).read_text()
+        source = (ROOT / module).read_text("utf-8")
         assert source.count(old) == 1, f"{module}: {old!r} stands there {source.count(old)} times"
         yield (module, f"{old.strip()[:60]} -> {new.strip()[:60]}", source.replace(old, new),
                {row for row in left if re.search(change.get("rows", ""), row)})
@@ -70,7 +70,7 @@ def pytest(place: Path, *args: str) -> subprocess.CompletedProcess:
     more = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(place), "PYTHONDONTWRITEBYTECODE": "1",
             "COLUMNS": "1000"}
     return subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *args], cwd=place,
-                          capture_output=True, text=True, env=os.environ | more)
+                          capture_output=True, encoding="utf-8", env=os.environ | more)
 
 
 def red_rows(place: Path, test: str, rows: set[str]) -> set[str]:
@@ -90,7 +90,7 @@ def share_a_run(made: Path, place: Path) -> None:
         ok(script(f"train_stage{stage}.py", "--config", config, "--samples", 1))
     fixtures = (f"\n\n@pytest.fixture(scope='session')\ndef {name}():\n    return Path({str(path)!r})\n"
                 for name, path in (("world", made / "world"), ("config", config), ("run", made / "run")))
-    with (place / "tests/conftest.py").open("a") as file:
+    with (place / "tests/conftest.py").open("a", encoding="utf-8") as file:
         file.writelines(fixtures)
 
 
@@ -118,10 +118,10 @@ def main() -> None:
         left, red = dict(rows), {}
         assert not red_rows(place, test, controls), "the controls fail in the unbroken code"
         for module, what, source, rows_now in mutants(args.target, left):
-            plain = (place / module).read_text()
-            (place / module).write_text(source)
+            plain = (place / module).read_text("utf-8")
+            (place / module).write_text(source, "utf-8")
             found = red_rows(place, test, rows_now | controls)
-            (place / module).write_text(plain)
+            (place / module).write_text(plain, "utf-8")
             # a control that is red itself is judged by the other one
             new = found & left.keys() if controls - found else set()
             for row in new:

@@ -1,6 +1,8 @@
 """The machine a run computes on: device, number types, memory, and how the frozen UNet is held on it."""
 
+import logging
 import os
+import re
 import resource
 from pathlib import Path
 
@@ -39,7 +41,7 @@ def pick_device(device: str, precision: str):
 def peak_memory_mb(device: torch.device) -> dict[str, float]:
     """Peak memory in MB: resident set of the process, and on CUDA what was allocated and reserved."""
     status = Path("/proc/self/status")  # getrusage's figure also counts what the starting process held
-    peak_kb = (int(status.read_text().split("VmHWM:")[1].split()[0]) if status.exists()
+    peak_kb = (int(status.read_text(encoding="utf-8").split("VmHWM:")[1].split()[0]) if status.exists()
                else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     memory = {"rss": peak_kb / 1024}
     if device.type == "cuda":
@@ -48,11 +50,42 @@ def peak_memory_mb(device: torch.device) -> dict[str, float]:
     return {key: round(value, 1) for key, value in memory.items()}
 
 
+NO_NOTES = re.compile("|".join((  # warnings that mean nothing to our users, by how they begin
+    r"`\w+ImageProcessor` requires torchvision",  # we have no torchvision; Pillow's processor is what we use
+    r"image_encoder is not loaded since",  # an embedding of CLAP takes the place of an image encoder's
+    r"There are modules in \w+ that should be kept in float32: \[\]",  # the list is empty
+    r"No LoRA keys associated to \w+ found with the prefix='text_encoder'",  # our LoRA is the UNet's alone
+    r"Token indices sequence length is longer",  # generate.py says it of the prompt, a stage of the captions
+    r"The following part of your input was truncated",  # the same once more, from the pipeline
+    r"Model config: \w+_token_id must be",  # SigLIP's defaults are CLIP's tokens; the judge writes no text
+    r"Some weights of",  # diffusers' words for what the next one says in transformers'
+    r"\w+ LOAD REPORT",  # we ask what was missing ourselves; of CLAP the text tower is left out on purpose
+)))
+
+
+class _Notes(logging.Handler):
+    """Prints what a library warns of once, on stdout, where of several processes one speaks."""
+
+    def __init__(self, library: str):
+        super().__init__(logging.WARNING)
+        self.library, self.said = library, set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = " ".join(re.sub(r"\x1b\[\d*m", "", record.getMessage()).split())  # without colours
+        if text not in self.said and not NO_NOTES.match(text):
+            self.said.add(text)
+            print(f"note from {self.library}: {text}", flush=True)
+
+
 def quiet_libraries() -> None:
-    """Keep the libraries' notices off a user's first screen; their errors still show."""
+    """Turn the libraries' warnings into notes, each said once, and their progress bars off."""
     for library in (transformers, diffusers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
+        notices, logger = library.utils.logging, logging.getLogger(library.__name__)
+        notices.set_verbosity_warning()
+        notices.disable_progress_bar()
+        if not any(isinstance(handler, _Notes) for handler in logger.handlers):
+            notices.disable_default_handler()
+            logger.addHandler(_Notes(library.__name__))
 
 
 def hold_unet(unet: nn.Module, cfg) -> None:

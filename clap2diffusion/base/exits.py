@@ -125,6 +125,14 @@ class _Output:
             os.dup2(null.fileno(), self.stream.fileno())
 
 
+def _output(stream) -> _Output:
+    """stdout or stderr; nowhere if it is closed. A letter that it cannot show is written as an escape."""
+    stream = stream or open(os.devnull, "w", encoding="utf-8")
+    with contextlib.suppress(AttributeError, OSError):  # no text file, or dup2 made it a terminal
+        stream.reconfigure(errors="backslashreplace")
+    return _Output(stream)
+
+
 def _sentence_of(error: Exception) -> str | None:
     """What the user reads of an error that is not our own; None for one that nobody foresaw."""
     kind = type(error).__name__  # torch raises its errors from anywhere; their names need no import of torch
@@ -142,20 +150,20 @@ def _sentence_of(error: Exception) -> str | None:
                 "all or --frozen-dtype nf4, with --allow-changed")
     elif kind in ("DistBackendError", "DistNetworkError") or "closed by peer" in str(error):
         return "error: another process of this run has ended; its own message says why"
-    elif "DataLoader worker (pid" in str(error):
-        return ("error: a data loading process was killed; it ran out of memory or of shared memory: use "
-                "Docker's --shm-size=8g or --workers 0")
+    elif "DataLoader worker (pid" in str(error) or "shared memory" in str(error):
+        return ("error: a data loading process was killed or failed; it ran out of memory or of shared "
+                "memory: use Docker's --shm-size=8g or --workers 0")
     return None
 
 
 def run_main(main) -> None:
     """Call main() and turn its end into an exit code. An error's one sentence is the last line on stderr."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on some CPUs it misses an optional package
-    sys.stdout, sys.stderr = _Output(sys.stdout), _Output(sys.stderr)
+    sys.stdout, sys.stderr = _output(sys.stdout), _output(sys.stderr)
     for signum in [*stop_signals(), signal.SIGALRM]:
         signal.signal(signum, _raise_stopped)
     if os.environ.get("RANK", "0") != "0":  # of torchrun's processes one speaks; all may complain
-        sys.stdout = _Output(open(os.devnull, "w"))
+        sys.stdout = _output(None)
     code, message = EXIT_FAILED, ""
     try:
         code = main() or 0
@@ -171,8 +179,11 @@ def run_main(main) -> None:
             message = _sentence_of(error)
             if message is None:
                 raise
+            if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+                code = EXIT_USER
     finally:  # also of an error that nobody foresaw
         if "multiprocessing" in sys.modules:  # loader workers ignore SIGTERM: Python would wait for ever
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each killed one
             for child in sys.modules["multiprocessing"].active_children():
                 child.kill()
     for stream, text in ((sys.stdout, ""), (sys.stderr, message and f"{message}\n")):

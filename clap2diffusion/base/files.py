@@ -13,7 +13,7 @@ from clap2diffusion.base.exits import DISK_FULL, RunFailed, UserError
 def write_atomic(path: Path, content: bytes) -> None:
     """Write through a temporary file in the same folder, fsync, rename, fsync the folder.
     Raises RunFailed: no space is left, or the file cannot be written; the old file is as it was."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.tmp")  # a name may have 255 bytes
     try:
         with temporary.open("wb") as file:
             file.write(content)
@@ -33,8 +33,15 @@ def write_atomic(path: Path, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """write_atomic() in UTF-8. Half a surrogate pair, which UTF-8 cannot hold, is written as \\udce9, as JSON
+    writes it."""
+    write_atomic(path, text.encode(errors="backslashreplace"))
+
+
 def write_json(path: Path, value) -> None:
-    write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    """Write a value as JSON that one can read, by write_text()."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def remove_stale(folder: Path, pattern: str = ".*.tmp") -> list[Path]:
@@ -51,7 +58,7 @@ def lock(folder: Path, wait: str = "") -> TextIO:
     wait: what to print before waiting for another process that holds it; '' refuses, naming that process.
     Raises UserError: it refuses. Raises OSError: the folder cannot be made or written."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / ".lock").open("a+")
+    file = (folder / ".lock").open("a+", encoding="utf-8")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):

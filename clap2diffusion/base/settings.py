@@ -63,8 +63,33 @@ SEED, SHARE, COUNT = Number(int, 0, 2 ** 31 - 1), Number(float, 0, 1), Number(in
 SWITCH = {"action": argparse.BooleanOptionalAction}  # add("--flip", **SWITCH, ...) makes --flip and --no-flip
 
 
+def check_text(text: str, where: str) -> None:
+    """Raises UserError: the text holds half a surrogate pair, as which a byte reaches Python that is not
+    UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        what = f"the byte 0x{code - 0xDC00:02X}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x} alone"
+        raise UserError(f"{where}: got {text!a}: {what} is not UTF-8; write it in UTF-8, or give the file or "
+                        "folder another name") from None
+
+
 class _Parser(argparse.ArgumentParser):
     refused: dict[str, str] = {}
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Refuse what is not UTF-8 before anything is made of it."""
+        where, encoding = "the command line", sys.getfilesystemencoding()
+        for token in sys.argv[1:] if args is None else args:
+            name, equals, value = token.partition("=")
+            if token.startswith("--") and name.isascii():
+                where, token = name, value if equals else name
+            if encoding != "utf-8" and not token.isascii():  # its letters are not those that were typed
+                raise UserError(f"{where}: got {token!a}, which was read as {encoding}; begin the command "
+                                "with PYTHONUTF8=1, or set a locale such as LC_ALL=C.UTF-8")
+            check_text(token, where)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str):
         why = [f"; {reason}" for flag, reason in self.refused.items() if f"--{flag}" in message.split()]
@@ -96,6 +121,8 @@ def _check_value(action: argparse.Action, value, where: str, many: bool):
             raise UserError(f"{where}: {error}") from None
     elif not isinstance(value, kind):
         raise UserError(f"{where}: got {json.dumps(value)}, expected {expected}")
+    elif kind is str:
+        check_text(value, where)
     if many:
         return [_check_value(action, item, where, many=False) for item in value]
     if action.choices and value not in action.choices:
@@ -125,10 +152,16 @@ def _merge_json(args: argparse.Namespace, parser: _Parser, actions: dict, sectio
                 args.origin[key] = f"{args.config} [{name}]"
 
 
+def _with_origin(args: argparse.Namespace, key: str) -> str:
+    """A setting as its flag, and where its value comes from if that is a file."""
+    origin = args.origin.get(key, "flag")
+    return f"--{key.replace('_', '-')} {vars(args)[key]:g}" + (f" ({origin})" if origin != "flag" else "")
+
+
 def parse_config(parser: argparse.ArgumentParser, section: str, argv: list[str] | None) -> argparse.Namespace:
     """Merge default < JSON < flag. `origin` of the result says where each value came from that is no default.
     Raises UserError: an unknown key (with the nearest match), a wrong type, a value out of range, a bad flag,
-    or a UNet in fewer bits that is to run without autocast."""
+    a UNet in fewer bits that is to run without autocast, drops above 1, one validation clip alone."""
     argv = sys.argv[1:] if argv is None else argv
     actions = {a.dest: a for a in parser._actions if a.option_strings and a.dest not in ("help", "config")}
     given = {token.split("=")[0] for token in argv}
@@ -139,6 +172,16 @@ def parse_config(parser: argparse.ArgumentParser, section: str, argv: list[str] 
     if getattr(args, "frozen_dtype", "fp32") != "fp32" and args.precision == "fp32":
         raise UserError(f"--frozen-dtype {args.frozen_dtype} needs --precision bf16: a UNet held in fewer "
                         "bits cannot compute in float32")
+    drops = ("caption_drop", "audio_drop", "both_drop")
+    shares = {key: vars(args)[key] for key in drops if key in vars(args)}
+    total = math.fsum(shares.values())  # + makes 0.33 + 0.56 + 0.11 more than 1
+    if total > 1:
+        told = [_with_origin(args, key) for key in shares]
+        raise UserError(f"{', '.join(told)} are {total:g} together, expected at most 1: a sample has one of "
+                        "them, so lower the others as well")
+    if args.val_clips == 1:
+        raise UserError(f"{_with_origin(args, 'val_clips')}: validation compares each clip with another's "
+                        "sound; give at least 2, or 0 for all")
     if getattr(args, "best_metric", "") == "val_right_noisy" and args.val_draws < 2:
         raise UserError("--best-metric val_right_noisy needs --val-draws 2 or more: one draw may miss the "
                         "noisier half of the timesteps")
@@ -264,9 +307,13 @@ def settings(args: argparse.Namespace) -> dict:
 
 
 def changed_settings(saved: dict, now: dict) -> list[str]:
-    """The settings that are in both and differ, as `key old -> new`, except those that may change freely."""
+    """The settings that are in both and differ, as `key old -> new`, except those that may change freely.
+    Features of another name (the files' times are in it) are the same if their content is."""
+    free = FREE_SETTINGS | {"content"}
+    if saved.get("content") and saved["content"] == now.get("content"):
+        free = free | {"features"}
     return [f"{key} {saved[key]!r} -> {now[key]!r}" for key in sorted(saved.keys() & now.keys())
-            if key not in FREE_SETTINGS and saved[key] != now[key]]
+            if key not in free and saved[key] != now[key]]
 
 
 def check_same_settings(path: Path, saved: dict, now: dict, allow_changed: bool) -> None:

@@ -70,8 +70,8 @@ def write_tensors(path: Path, header: dict, states: dict) -> None:
             tensors[name] = tensor.clone()
         places.add(tensor.data_ptr())
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise RunFailed(f"{path}: {name} is not finite, so it was not written; the checkpoint before is "
-                            "good")
+            raise RunFailed(f"{path}: {name} is not finite, so it was not written; what was saved before is "
+                            "as it was")
     header = json.loads(json.dumps(header))
     header["sha256"] = digest(header, tensors)
     write_atomic(path, save(tensors, {"clap2diffusion": json.dumps(header)}))

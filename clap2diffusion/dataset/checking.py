@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from clap2diffusion.base.exits import UserError
+from clap2diffusion.base.hub import SCRIPTS, resolve_model
 from clap2diffusion.base.workers import in_processes
 from clap2diffusion.dataset import decoding
-from clap2diffusion.dataset.manifest import SPLITS, Row, read_manifest
+from clap2diffusion.dataset.captions import Cut, cut_texts
+from clap2diffusion.dataset.manifest import SPLITS, Row, find_gaps, read_manifest, refuse_absent_files
 
 SMALL_SIDE, LONG_SHAPE, SHORT_CLIP_S, CLIPPED_SHARE = 64, 3, 1.0, 5e-3
 PATHS = {"picture": "image_path", "sound": "audio_path"}  # of a row
@@ -32,7 +34,8 @@ def _look_at_picture(path: Path) -> Iterator[Finding]:
 
 def _look_at_sound(path: Path) -> Iterator[Finding]:
     with decoding.open_audio(path) as sound:
-        seconds, log = sound.frames / sound.samplerate, sound.extra_info
+        seconds, log, open_end = sound.frames / sound.samplerate, sound.extra_info, sound.open_end
+        taken_for = f"{sound.subtype} at {sound.samplerate} Hz" if sound.format == "RAW" else ""
     [block], rate = decoding.read_windows(path, 10.0)
     for flag in decoding.to_mono([block])[1]:
         yield flag, "its features are those of silence"
@@ -41,6 +44,10 @@ def _look_at_sound(path: Path) -> Iterator[Finding]:
     flat = (np.abs(inner) >= 0.98 * peak) & (inner == block[:-2]) & (inner == block[2:])
     if peak >= 0.98 and flat.mean() > CLIPPED_SHARE:
         yield "clipped", f"{flat.mean():.1%} of its samples stand at full scale with their neighbours"
+    if open_end:
+        yield "perhaps not whole", open_end
+    if taken_for:
+        yield "without a header", f"its name makes it {taken_for}"
     if seconds < SHORT_CLIP_S:
         yield "shorter than a second", f"{seconds:.2f} s"
     if rates := re.search(r"Bytes/sec +: (\d+) \(should be (\d+)\)", log):
@@ -76,8 +83,10 @@ def names_label(text: str, label: str) -> bool:
     return any(part.strip() and part in text for part in parts)
 
 
-def _look_at_rows(rows: list[Row], workers: int) -> Iterator[tuple[Row, str, list[Finding]]]:
-    """Yield each row with why it cannot be used or "", and with what is suspicious about it."""
+def _look_at_rows(rows: list[Row], workers: int, cut: dict[str, Cut]
+                  ) -> Iterator[tuple[Row, str, list[Finding]]]:
+    """Yield each row with why it cannot be used or "", and with what is suspicious about it. cut: captions
+    that are too long."""
     files = list(dict.fromkeys((kind, getattr(row, name)) for kind, name in PATHS.items() for row in rows))
     seen = dict(zip(files, in_processes(look_at, files, workers, "checking", "file")))
     again = {kind: same_content([path for one, path in files if one == kind]) for kind in PATHS}
@@ -102,16 +111,25 @@ def _look_at_rows(rows: list[Row], workers: int) -> Iterator[tuple[Row, str, lis
                 found.append(("empty caption", "the row has no words"))
             elif row.label and names_label(row.text, row.label):
                 found.append(("caption names the label", f"{row.text[:60]!r} says {row.label!r}"))
+            if row.text in cut:
+                found.append(("caption cut", str(cut[row.text])))
             yield row, "", found
 
 
 def check_data(args: argparse.Namespace) -> None:
-    """List a data folder's unusable and suspicious rows by kind. Raises UserError without a manifest, or with
-    more unusable or suspicious rows than the limits."""
+    """List a data folder's unusable and suspicious rows by kind. Raises UserError without a manifest, with
+    more unusable or suspicious rows than the limits, or with too little in a split of --splits."""
     rows, bad = read_manifest(args.data_root, print)
+    if not bad:
+        refuse_absent_files(args.data_root, rows)
+    cut, usable = {}, []
+    if args.base_model:
+        cut = cut_texts((row.text for row in rows),
+                        resolve_model(args.base_model, "base model", beside=SCRIPTS))
     kinds, suspicious, total = {"unusable": bad}, 0, len(rows) + len(bad)
-    for row, reason, found in _look_at_rows(rows, args.workers):
+    for row, reason, found in _look_at_rows(rows, args.workers, cut):
         suspicious += bool(found)
+        usable += [row] * (not reason)
         for what, detail in [("unusable", reason)] if reason else found:
             kinds.setdefault(what, []).append(f"{row.where}: {detail}")
     for what, lines in kinds.items():
@@ -125,4 +143,7 @@ def check_data(args: argparse.Namespace) -> None:
                            (suspicious, args.max_suspicious_share, "--max-suspicious-share")):
         if n > limit * total:
             raise UserError(f"{summary}; mend or remove what is listed above, or raise {flag} {limit:g}")
+    if gaps := find_gaps(usable, args.splits):
+        print(f"too little to train from: {len(gaps)}", *gaps, sep="\n  ")
+        raise UserError(f"{summary}; {gaps[0]}; or name with --splits the splits that must have rows")
     print(summary, flush=True)

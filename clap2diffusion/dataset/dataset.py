@@ -18,6 +18,13 @@ from clap2diffusion.base import processes
 from clap2diffusion.base.exits import RunFailed, UserError
 from clap2diffusion.base.statistics import stratified
 from clap2diffusion.dataset import cache
+from clap2diffusion.dataset.captions import describe_cut
+from clap2diffusion.dataset.manifest import (
+    find_gaps,
+    read_manifest,
+    refuse_absent_files,
+    refuse_one_recording,
+)
 
 
 def _layout(path: str) -> dict[str, tuple[int, list[int]]]:
@@ -43,6 +50,8 @@ class AudioImageDataset(Dataset):
         if index["format"] != cache.CACHE_FORMAT:
             raise UserError(f"{self.cache}: cache format {index['format']}, expected {cache.CACHE_FORMAT}; "
                             "build it again")
+        self.content: str = index["content"]  # a name of its features, whatever the files' times were
+        self._shards, self._texts = index["shards"], index["texts"]
         self.rows: list[dict] = [row for row in index["rows"] if row["split"] == split]
         if not self.rows:
             raise UserError(f"{data_root}: no usable row in split {split!r}; add rows with that split to the "
@@ -51,12 +60,12 @@ class AudioImageDataset(Dataset):
         first = self[0]
         self.latent_shape = tuple(first["latents_mean"].shape[1:])  # (C, h, w)
         self.embed_dim = first["audio_embeds"].shape[-1]
-        self.empty_text_embeds = self._read("text", 0, 0)["text_embeds"]  # (L, D)
+        self.empty_text_embeds = self._read(*self._texts[0])["text_embeds"]  # (L, D)
 
-    def _read(self, kind: str, shard: int, i: int) -> dict[str, torch.Tensor]:
+    def _read(self, shard: int, i: int) -> dict[str, torch.Tensor]:
         """Row i of every tensor in a shard, by one short read. Raises RunFailed. Nothing stays open or
         mapped: a memory map counts towards the process's memory, page by page."""
-        path, row = f"{self.cache}/{kind}-{shard:05d}.safetensors", {}
+        path, row = f"{self.cache}/{self._shards[shard]}", {}
         try:
             with open(path, "rb", buffering=0) as file:
                 for name, (start, shape) in self._layout(path).items():
@@ -79,16 +88,32 @@ class AudioImageDataset(Dataset):
 
     def __getitem__(self, i: int) -> dict:
         row = self.rows[i]
-        item = self._read("rows", row["shard"], row["offset"])
-        return item | self._read("text", *divmod(row["text_id"], cache.SHARD_ROWS)) | {"index": i}
+        item = self._read(row["shard"], row["offset"])
+        return item | self._read(*self._texts[row["text_id"]]) | {"index": i}
 
 
 def open_splits(cfg, base: Path, clap: Path, device: torch.device) -> list[AudioImageDataset]:
-    """The cached train and validation features for a stage's settings, built first where they are missing."""
+    """The cached train and validation features for a stage's settings, built first where they are missing.
+    What the manifest alone shows is told before. Raises UserError: as build_features does, too few rows for
+    a batch or a validation, no file of the manifest is there, one recording only to validate with."""
+    rows, bad = manifest = read_manifest(cfg.data_root, print)
+    if len(bad) <= cfg.max_bad_share * (len(rows) + len(bad)):  # else it ends with the list of them
+        everyone = cfg.batch_size * processes.world()
+        for gap in find_gaps(rows, batch=everyone, whitened=getattr(cfg, "whiten", False)):
+            raise UserError(f"{cfg.data_root}: {gap}")
+        refuse_absent_files(cfg.data_root, rows)
+        refuse_one_recording(cfg.data_root, rows)
+    if cut := describe_cut(rows, base):
+        print(cut, flush=True)
+    n_val = sum(row.split == "val" for row in rows)
+    for name in ("val_clips", "samples"):
+        if getattr(cfg, name) > n_val:
+            print(f"--{name.replace('_', '-')} {getattr(cfg, name)}: the val split has {n_val} clips, all of "
+                  "them are taken", flush=True)
     workers = cfg.workers if cfg.workers >= 0 else 2 if device.type == "cuda" else 1
     folder = cache.build_features(
         cfg.data_root, base, clap, cfg.image_size, cfg.cache_dir, cfg.windows, cfg.flip,
-        min(16, cfg.val_batch_size), workers, str(device), cfg.max_bad_share)
+        min(16, cfg.val_batch_size), workers, str(device), cfg.max_bad_share, manifest=manifest)
     return [AudioImageDataset(cfg.data_root, split, folder) for split in ("train", "val")]
 
 
@@ -125,4 +150,4 @@ def make_loader(dataset: AudioImageDataset, batch_size: int, seed: int, start: i
                         f"than a batch of {everyone}; add rows or lower --batch-size")
     batches = step_batches(len(dataset), batch_size, seed, start, stop, (processes.rank(), processes.world()))
     workers = workers if workers >= 0 else 2 if device.type == "cuda" else 0
-    return cache.Loader(dataset, batches, workers, persistent_workers=workers > 0)
+    return cache.Loader(dataset, batches, workers, persistent=True)

@@ -1,7 +1,9 @@
 """The files of a data folder: what their headers say, and their samples and pixels."""
 
-import re
-import struct
+import contextlib
+import functools
+import io
+import shlex
 import warnings
 import zlib
 from pathlib import Path
@@ -9,14 +11,23 @@ from pathlib import Path
 import numpy as np
 import soundfile as sf
 import soxr
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageCms
+from PIL.Image import Transpose
+
+from clap2diffusion.dataset.containers import Facts, MendedFile, inspect
 
 MIN_CLIP_S, MIN_RATE, MAX_RATE = 0.1, 1000, 768_000
+BLOCK, MP3_LEAD, OPEN_END_S = 1 << 16, 20 * 1152, 0.25
 MIN_SIDE, MAX_PIXELS, MAX_SHAPE_RATIO = 8, 100_000_000, 8
 SILENT_PEAK, CANCELLED_SHARE = 1e-5, 1e-3  # -100 dB of full scale; -60 dB of what the channels had
-# What Pillow's decoders raise on damaged files. Never `Exception`: a signal's Stopped must pass.
-_PILLOW_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, IndexError, KeyError, TypeError,
-                  struct.error, zlib.error, OverflowError, Image.DecompressionBombError)
+# EXIF's orientation -> the turn or flip that makes a picture upright
+UPRIGHT = dict(enumerate((Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM,
+                          Transpose.TRANSPOSE, Transpose.ROTATE_270, Transpose.TRANSVERSE,
+                          Transpose.ROTATE_90), 2))
+# What of a file the pixels need: chunks of PNG (and the colours and orientation), tags of TIFF
+PNG_CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"iCCP", b"eXIf")
+TIFF_TAGS = (*range(254, 267), 273, 274, *range(277, 280), 284, 292, 293, 317, 320, *range(322, 326), 332,
+             338, 339, 347, *range(512, 522), *range(529, 533), 34675)
 
 
 class BadFile(Exception):
@@ -41,37 +52,72 @@ def _checked(opened, faults: list[tuple[bool, str]]):
     return opened
 
 
-def _ogg_ends(path: Path) -> bool:
-    """Whether the last Ogg page is whole and marked as last. libsndfile shortens a cut Ogg without a word."""
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - 70_000))  # a page is at most 65307 bytes
-        tail = file.read()
-    page = tail[max(0, tail.rfind(b"OggS")):]
-    if len(page) < 27 or not page.startswith(b"OggS"):
-        return False
-    return bool(page[5] & 4) and len(page) >= 27 + page[26] + sum(page[27:27 + page[26]])
+class Sound(sf.SoundFile):
+    """A sound as libsndfile reads it, from a mended file where its container needs that. `frames` is its
+    length, by our count where we count. `open_end`: why nothing shows that the file is whole, or ""."""
+
+    def __init__(self, path: Path, facts: Facts):
+        self.open_end, self._counted, self._seeks = facts.open_end, facts.frames, None
+        self._mended = MendedFile(path, facts) if facts.mended else None
+        super().__init__(self._mended or str(path))
+
+    @property
+    def frames(self) -> int:
+        return super().frames if self._counted is None else self._counted
+
+    def seekable(self) -> bool:
+        """Whether seeking works. libsndfile says so of files in which it then fails."""
+        if self._seeks is None:
+            self._seeks = False  # self.seek() may ask again
+            try:
+                self._seeks = super().seekable() and self.seek(0) == 0
+            except RuntimeError:
+                pass
+        return self._seeks
+
+    def close(self) -> None:
+        super().close()
+        if self._mended:
+            self._mended.close()
+
+    def _from(self, start: int, length: int, dtype: str) -> np.ndarray:
+        # The first frames behind a place in an MP3 need bits of earlier ones, which libmpg123 has not read.
+        lead = min(start, MP3_LEAD) if self.format == "MP3" else 0
+        self.seek(start - lead)
+        return self.read(lead + length, dtype=dtype, always_2d=True)[lead:]
+
+    def windows(self, starts: list[int], length: int, dtype: str) -> list[np.ndarray]:
+        """Stretches (samples, channels) of `length` samples, or of fewer where the sound ends. Where seeking
+        fails it is read from its start, a block at a time. Raises RuntimeError."""
+        if self.seekable():
+            return [self._from(start, length, dtype) for start in starts]
+        parts, place = [[np.empty((0, self.channels), dtype)] for _ in starts], 0
+        while place < max(starts) + length and len(block := self.read(BLOCK, dtype=dtype, always_2d=True)):
+            for part, start in zip(parts, starts):
+                if start - place < len(block) and start + length > place:  # an empty slice holds the block
+                    part.append(block[max(0, start - place):start + length - place])
+            place += len(block)
+        return [np.concatenate(part) for part in parts]
 
 
-def open_audio(path: Path) -> sf.SoundFile:
-    """Open a sound and check what its header says, without decoding it. Raises BadFile."""
+def open_audio(path: Path) -> Sound:
+    """Open a sound and check what its bytes say, without decoding it. Raises BadFile."""
+    facts = Facts(0)
     try:
         _check_plain_file(path)
-        sound = sf.SoundFile(str(path))
+        facts = inspect(path)
+        sound = None if facts.fault else Sound(path, facts)
     except (RuntimeError, TypeError, ValueError, OSError) as error:  # sf's own errors are RuntimeErrors
-        reason = getattr(error, "error_string", error)
-        raise BadFile(f"not a sound that libsndfile reads ({reason})") from None
-    # libsndfile shortens a cut WAV or AIFF too, and says so only in its log. A program that cannot go back to
-    # fill in the header writes a size near 2^31 or 2^32.
-    cut = re.search(r"^\s*(?:data|SSND)\s*:\s*(\d+) \(should be (\d+)\)", sound.extra_info, re.MULTILINE)
-    w64 = re.search(r"^riff : (\d+) \(should be (\d+)\)", sound.extra_info, re.MULTILINE)
-    said, found = map(int, (cut or w64).groups()) if cut or w64 else (0, 0)
+        facts.fault = f"not a sound that libsndfile reads ({getattr(error, 'error_string', error)})"
+    if facts.fault:
+        other = path.stem + (".wav" if path.suffix == ".flac" else ".flac")
+        line = f"; convert it: ffmpeg -i {shlex.quote(path.name)} {shlex.quote(other)}"
+        raise BadFile(facts.fault + line * facts.convert)
     rate, frames = sound.samplerate, sound.frames  # libsndfile gives no rate below 1
     return _checked(sound, [
         (not MIN_RATE <= rate <= MAX_RATE, f"sampling rate {rate} Hz, expected {MIN_RATE} to {MAX_RATE}"),
         (frames <= 0, "zero length: a header without samples"),
         (frames > 1 << 48, "the header does not say how long it is; encode it again"),
-        (found < said < 0x7FFF_F000, f"truncated: {found} of {said} bytes"),
-        (sound.format == "OGG" and not _ogg_ends(path), "truncated: the last Ogg page is missing"),
         (frames < MIN_CLIP_S * rate, f"{frames / rate:.3f} s long, expected at least {MIN_CLIP_S} s")])
 
 
@@ -80,22 +126,24 @@ def read_windows(path: Path, window_s: float, windows=1, start_s=0.0) -> tuple[l
     several evenly from there to the end; the whole if it is shorter than window_s. Raises BadFile."""
     with open_audio(path) as sound:
         rate, total = sound.samplerate, sound.frames
-        length, blocks = min(total, round(window_s * rate)), []
-        # An MP3's length is only an estimate. Files of float64 are read as such: float32 has no 1e300.
-        surely = 0.98 if sound.format == "MPEG" else 1
+        length = min(total, round(window_s * rate))
+        # Files of float64 are read as such: float32 has no 1e300.
         dtype = "float64" if sound.subtype == "DOUBLE" else "float32"
+        first, last = min(round(start_s * rate), total - length), total - length
+        starts = np.linspace(first, last, windows).round().astype(int).tolist()
         try:
-            sound.seek(int(total * surely) - 1)  # the last sample shows that a compressed file is whole
-            if not len(sound.read(1)):
-                raise BadFile(f"truncated: fewer than the header's {total} samples can be read")
-            first, last = min(round(start_s * rate), total - length), total - length
-            for start in np.linspace(first, last, windows).round().astype(int):
-                sound.seek(start)
-                blocks.append(sound.read(length, dtype=dtype, always_2d=True))
-                if len(blocks[-1]) < length * surely:
-                    raise BadFile(f"truncated: {len(blocks[-1])} of {length} samples can be read")
+            # The last sample shows that a compressed file is whole. Of an MP3 we have counted the frames.
+            if sound.seekable() and not sound.open_end and sound.format != "MP3":
+                sound.seek(total - 1)
+                if not len(sound.read(1)):
+                    raise BadFile(f"truncated: fewer than the header's {total} samples can be read")
+            blocks = sound.windows(starts, length, dtype)
         except RuntimeError as error:
             raise BadFile(f"truncated or damaged: it stops within its {total} samples ({error})") from None
+        # An open end may lie within a frame of the codec.
+        least = length - (round(OPEN_END_S * rate) if sound.open_end else 0)
+    if short := [len(block) for block in blocks if len(block) < least]:
+        raise BadFile(f"truncated: {short[0]} of {length} samples can be read")
     if not all(np.isfinite(block).all() for block in blocks):
         raise BadFile("holds NaN or infinite samples")
     return blocks, rate
@@ -137,44 +185,151 @@ def active_rms(waveform: np.ndarray, sampling_rate: int) -> float:
     return float(np.sqrt(np.sum(power ** 2) / np.sum(power)))
 
 
-def open_image(path: Path) -> Image.Image:
-    """Open a picture and check its header, without decoding it. Raises BadFile."""
+def _png_pixels(content: bytes) -> bytes:
+    """A PNG without texts, times and what else its pixels do not need, and without a profile or orientation
+    whose checksum is wrong or that unpacks to more than a megabyte, as Pillow refuses."""
+    kept, at = [content[:8]], 8
+    while at + 12 <= len(content):
+        end, name = at + 12 + int.from_bytes(content[at:at + 4]), content[at + 4:at + 8]
+        body, checksum = content[at + 8:end - 4], int.from_bytes(content[end - 4:end])
+        whole = zlib.crc32(name + body) == checksum
+        if whole and name == b"iCCP":
+            unpacking = zlib.decompressobj()
+            with contextlib.suppress(zlib.error):
+                unpacking.decompress(body.partition(b"\0")[2][1:], 1 << 20)
+            whole = unpacking.eof
+        if name in PNG_CHUNKS and (whole or name[0] < 97):  # small first letters are for what can be left out
+            kept.append(content[at:end])
+        at = end
+    return b"".join([*kept, content[at:]])
+
+
+def _jpeg_pixels(content: bytes) -> bytes:
+    """A JPEG without comments and without the application segments that say nothing of its pixels, or that
+    are too short to say it."""
+    needed = {0xE0: (b"JFIF", 16), 0xE1: (b"Exif", 16), 0xE2: (b"ICC_PROFILE", 16), 0xEE: (b"Adobe", 14)}
+    kept, at = [content[:2]], 2
+    while content[at:at + 1] == b"\xff" and content[at + 1] != 0xDA:
+        kind, end = content[at + 1], at + 2 + int.from_bytes(content[at + 2:at + 4])
+        starts, length = needed.get(kind, (b"", 0))
+        extra = kind == 0xFE or 0xE0 <= kind <= 0xEF
+        if not extra or starts and content[at + 4:end].startswith(starts) and end - at - 2 >= length:
+            kept.append(content[at:end])
+        at = end
+    return b"".join([*kept, content[at:]])
+
+
+def _tiff_pixels(content: bytes) -> bytes:
+    """The first picture of a TIFF, without the tags that say nothing of its pixels."""
+    order = "little" if content[:2] == b"II" else "big"
+    at = int.from_bytes(content[4:8], order)
+    count = int.from_bytes(content[at:at + 2], order)
+    tags = [content[at + 2 + 12 * i:at + 14 + 12 * i] for i in range(count)]
+    kept = [tag for tag in tags if int.from_bytes(tag[:2], order) in TIFF_TAGS]
+    directory = len(kept).to_bytes(2, order) + b"".join(kept) + bytes(4)
+    return content[:at] + directory + content[at + len(directory):]
+
+
+PIXELS = {b"\x89PNG\r\n\x1a\n": _png_pixels, b"\xff\xd8\xff": _jpeg_pixels, b"II*\0": _tiff_pixels,
+          b"MM\0*": _tiff_pixels}
+
+
+@contextlib.contextmanager
+def _refusing(what: str):
+    """Inside, whatever Pillow raises becomes a BadFile that says `what`."""
     try:
-        _check_plain_file(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of bombs; the limit below is stricter
-            image = Image.open(path)
-    except _PILLOW_ERRORS as error:
-        raise BadFile(f"not a picture that Pillow reads ({error})") from None
+            warnings.simplefilter("ignore")  # of bombs, for which the limit here is stricter, and of odd tags
+            yield
+    except (BadFile, MemoryError):
+        raise
+    except Exception as error:  # a signal's Stopped is none
+        raise BadFile(f"{what} ({' '.join(str(error).split()) or type(error).__name__})") from None
+
+
+def _open_source(source, decode: bool) -> Image.Image:
+    with _refusing("not a picture that Pillow reads"):
+        image = Image.open(source)
     (short, long), size = sorted(image.size), f"{image.width}x{image.height} pixels"
-    return _checked(image, [
+    _checked(image, [
         (short * long > MAX_PIXELS, f"{size}, expected at most {MAX_PIXELS // 1_000_000} million"),
         (short < MIN_SIDE, f"{size}, expected sides of at least {MIN_SIDE}"),
         (long > MAX_SHAPE_RATIO * short, f"{size}, expected a shape of at most {MAX_SHAPE_RATIO}:1"),
         (image.mode == "F", "floating-point pixels have no known white; save it with 8 or 16 bits")])
+    if decode:
+        with contextlib.ExitStack() as closing, _refusing("truncated or damaged picture"):
+            closing.callback(image.close)
+            image.load()
+            closing.pop_all()
+    return image
+
+
+def open_image(path: Path, decode=False) -> Image.Image:
+    """Open a picture and check its header; decode it only if asked. Metadata that Pillow stumbles over are
+    left out. Raises BadFile."""
+    with _refusing("not a picture that Pillow reads"):
+        _check_plain_file(path)
+    try:
+        return _open_source(path, decode)
+    except BadFile:
+        with contextlib.suppress(BadFile, OSError, IndexError), open(path, "rb") as file:
+            start = file.read(8)
+            for signature, pixels in PIXELS.items():
+                if start.startswith(signature):
+                    return _open_source(io.BytesIO(pixels(start + file.read())), decode)
+        raise
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned by its EXIF or XMP orientation; EXIF that cannot be read counts as none, and none is written."""
+    turn = None
+    with contextlib.suppress(Exception):
+        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    return image if turn is None else image.transpose(turn)
+
+
+@functools.lru_cache(maxsize=16)
+def _to_srgb(profile: bytes | None, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """The transform of an ICC profile to sRGB for pictures of a mode; None if the profile is broken or of
+    other colours than the mode's. LAB is its own profile."""
+    with contextlib.suppress(Exception):
+        source = ImageCms.createProfile("LAB") if mode == "LAB" else ImageCms.getOpenProfile(
+            io.BytesIO(profile))
+        colours = {"L": "GRAY", "LAB": "Lab"}.get(mode, mode)
+        if mode == "LAB" or source.profile.xcolor_space.strip() == colours:
+            return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    return None
+
+
+def _rgb_on_white(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """A decoded picture of any mode as RGB in sRGB. What is transparent lies on white."""
+    if image.mode.startswith("I"):  # 16 bits of gray: a plain convert would clip nearly all to white
+        gray = np.asarray(image).astype(np.int64)
+        if gray.min() < 0 or gray.max() > 65535:
+            raise BadFile("more than 16 bits a pixel")
+        hidden = gray == image.info.get("transparency")  # one level of PNG's that counts as transparent
+        image = Image.fromarray(np.rint(gray / 257).astype(np.uint8))
+        image.putalpha(Image.fromarray(np.where(hidden, 0, 255).astype(np.uint8)))
+    alpha = None
+    if image.has_transparency_data:  # also a palette's: its hidden colours must not show through
+        alpha = image.convert("RGBA").getchannel("A")
+    if image.mode not in ("L", "CMYK", "LAB"):
+        image = image.convert("L" if image.mode in ("1", "LA") else "RGB")
+    transform = _to_srgb(profile, image.mode)
+    image = transform.apply(image) if transform else image.convert("RGB")
+    return Image.composite(image, Image.new("RGB", image.size, "white"), alpha) if alpha else image
 
 
 def load_image(path: str | Path, size: int) -> np.ndarray:
-    """A picture as (3, size, size) float32 in [-1, 1]: upright, on white, centre crop. Raises BadFile."""
-    try:
-        with open_image(Path(path)) as image:  # animated pictures open at their first frame
-            image.load()
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits of gray: a plain convert would clip nearly all to white
-                gray = np.asarray(image).astype(np.int64)
-                if gray.min() < 0 or gray.max() > 65535:
-                    raise BadFile("more than 16 bits a pixel")
-                image = Image.fromarray(np.rint(gray / 257).astype(np.uint8))
-            if image.has_transparency_data:  # also a palette's: its hidden colours must not show through
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB")
-            side = min(image.size)
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            image = image.crop((left, top, left + side, top + side))
-            image = image.resize((size, size), Image.Resampling.LANCZOS)
-    except _PILLOW_ERRORS as error:
-        raise BadFile(f"truncated or damaged picture ({error})") from None
+    """A picture as (3, size, size) float32 in [-1, 1]: upright, in sRGB by its ICC profile, on white, centre
+    crop. Raises BadFile."""
+    with open_image(Path(path), decode=True) as image, _refusing("damaged picture"):
+        profile = image.info.get("icc_profile")  # animated pictures open at their first frame
+        image = _upright(image)
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = _rgb_on_white(image.crop((left, top, left + side, top + side)), profile)
+        image = image.resize((size, size), Image.Resampling.LANCZOS)
     pixels = np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / np.float32(127.5) - 1
     # Convolutions round differently in other layouts, and pickling in a worker changes the layout.
     return np.ascontiguousarray(pixels)

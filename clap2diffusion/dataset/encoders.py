@@ -14,7 +14,9 @@ import transformers
 from torch import Tensor, nn
 
 from clap2diffusion.base.device import quiet_libraries
-from clap2diffusion.base.exits import UserError
+from clap2diffusion.base.hub import load_small
+from clap2diffusion.base.models import load_part
+from clap2diffusion.dataset.captions import text_limit
 
 
 def log_mel(extractor, waveform: np.ndarray) -> dict[str, np.ndarray]:
@@ -39,13 +41,9 @@ class CLAPAudioEncoder(nn.Module):
     def __init__(self, model_name: str | Path):
         super().__init__()
         quiet_libraries()
-        self.extractor = transformers.ClapFeatureExtractor.from_pretrained(model_name)
-        self.model, info = transformers.ClapAudioModelWithProjection.from_pretrained(
-            model_name, dtype=torch.float32, output_loading_info=True)
-        if missing := sorted(info["missing_keys"]):
-            raise UserError(f"CLAP model {model_name}: {len(missing)} weights are missing, first {missing[0]}"
-                            "; expected a whole CLAP checkpoint")
-        self.model.eval().requires_grad_(False)
+        self.extractor = load_small(transformers.ClapFeatureExtractor, model_name, "CLAP model")
+        self.model = load_part(transformers.ClapAudioModelWithProjection, model_name, "CLAP model",
+                               unread=("text_model.", "text_projection.", "logit_scale_"))
         self.log_mel = functools.partial(log_mel, self.extractor)
         self.sampling_rate: int = self.extractor.sampling_rate
         self.window_s: float = self.extractor.nb_max_samples / self.sampling_rate
@@ -68,15 +66,18 @@ class Encoders:
 
     def __init__(self, base: Path, clap: Path, device: str):
         self.device = device
-        vae = diffusers.AutoencoderKL.from_pretrained(base, subfolder="vae")
-        text_encoder = transformers.CLIPTextModel.from_pretrained(base, subfolder="text_encoder")
+        vae = load_part(diffusers.AutoencoderKL, base, "base model", "vae")
+        text_encoder = load_part(transformers.CLIPTextModel, base, "base model", "text_encoder",
+                                 unread=("text_projection.",))
         self.vae, self.text_encoder, self.clap = (
-            model.float().eval().to(device) for model in (vae, text_encoder, CLAPAudioEncoder(str(clap))))
-        self.tokenizer = transformers.CLIPTokenizer.from_pretrained(base, subfolder="tokenizer")
+            model.to(device) for model in (vae, text_encoder, CLAPAudioEncoder(clap)))
+        self.tokenizer = load_small(transformers.CLIPTokenizer, base, "base model", "tokenizer")
+        self.text_limit = text_limit(base)
 
     def text(self, captions: list[str]) -> Tensor:
-        """Captions -> (B, L, D), padded and cut to the tokenizer's length as the pipelines do."""
-        ids = self.tokenizer(captions, padding="max_length", max_length=self.tokenizer.model_max_length,
+        """Captions -> (B, L, D), padded and cut to the encoder's length as the pipelines do. open_splits()
+        says which are cut."""
+        ids = self.tokenizer(captions, padding="max_length", max_length=self.text_limit,
                              truncation=True, return_tensors="pt").input_ids
         return self.text_encoder(ids.to(self.device)).last_hidden_state.cpu()
 

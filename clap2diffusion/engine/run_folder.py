@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from clap2diffusion.base import files, processes, tensor_file
 from clap2diffusion.base.exits import UserError
+from clap2diffusion.base.hub import Models
 from clap2diffusion.base.settings import changed_settings, check_same_settings
 from clap2diffusion.base.statistics import show_interval
 from common import load_checkpoint, save_checkpoint
@@ -183,7 +184,7 @@ class RunFolder:
             except OSError as error:
                 print(f"{old}: could not be deleted ({error.strerror})", file=sys.stderr)
 
-    def resume(self, objects: dict, header: dict, allow_changed: bool) -> None:
+    def resume(self, objects: dict, header: dict, models: Models, allow_changed: bool) -> None:
         """Load the newest valid checkpoint, if there is one, after checking that it belongs to this run."""
         found = self.newest_valid() if processes.first() else None
         step = processes.largest(found[0] if found else -1)
@@ -191,7 +192,7 @@ class RunFolder:
             path = self.checkpoint(step)
             saved, tensors = found[1:] if found else tensor_file.read_tensors(path)
             for key in ("stage", "fingerprints", "dims", "init"):
-                if saved[key] != header[key]:
+                if saved[key] != header[key] and not (key == "fingerprints" and models.match(saved[key])):
                     raise UserError(f"{path}: was made with {key} {saved[key]!r}, this run has "
                                     f"{header[key]!r}; give another --run, or begin anew with --fresh")
             check_same_settings(path, saved["settings"], header["settings"], allow_changed)
@@ -228,7 +229,7 @@ def _check_log_dir(folder: Path) -> None:
                         "written") from None
 
 
-def previous_stage(cfg, stage: str, fingerprints: dict) -> tuple[Path, dict, dict[str, Tensor]]:
+def previous_stage(cfg, stage: str, models: Models) -> tuple[Path, dict, dict[str, Tensor]]:
     """The final.safetensors of the stage before: its path, header and tensors.
     Raises UserError: that stage has not run or not finished, or the file is another's."""
     path = Path(cfg.init_from or Path(cfg.run) / stage) / "final.safetensors"
@@ -239,7 +240,7 @@ def previous_stage(cfg, stage: str, fingerprints: dict) -> tuple[Path, dict, dic
     header, tensors = tensor_file.read_tensors(path)
     if header["stage"] != stage:
         raise UserError(f"{path}: is of {header['stage']}, expected a result of {stage}")
-    if header["fingerprints"] != fingerprints:
-        raise UserError(f"{path}: belongs to models {header['fingerprints']}, this run has {fingerprints}; "
-                        "give the --base-model and --clap-model it was trained with")
+    if not models.match(header["fingerprints"]):
+        raise UserError(f"{path}: belongs to models {header['fingerprints']}, this run has "
+                        f"{models.fingerprints}; give the --base-model and --clap-model it was trained with")
     return path, header, tensors

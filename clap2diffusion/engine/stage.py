@@ -13,10 +13,12 @@ from tqdm import tqdm
 from clap2diffusion.base import files, hub, processes
 from clap2diffusion.base.device import DTYPES, peak_memory_mb, pick_device
 from clap2diffusion.base.exits import Stopped, UserError, stops_awaited
+from clap2diffusion.base.models import check_part, load_part
+from clap2diffusion.base.progress import bar_options
 from clap2diffusion.base.settings import settings
 from clap2diffusion.dataset.dataset import make_loader, open_splits, sample_ids
 from clap2diffusion.engine.run_folder import Logger, Progress, RunFolder, previous_stage
-from clap2diffusion.pictures.pipelines import check_export, sample_pictures, write_adapter
+from clap2diffusion.pictures.pipelines import check_export, load_base_pipeline, sample_pictures, write_adapter
 from clap2diffusion.pictures.sheets import write_png
 from common import FiniteCheck, load_checkpoint, save_checkpoint, trainable_parameters
 
@@ -33,9 +35,12 @@ class StageRun:
         """starts_from: the stage whose result this one begins with, found in RUN or in --init-from."""
         self.stage, self.cfg, self.models, self.before = stage, cfg, models, {}
         self.device, self.autocast = pick_device(cfg.device, cfg.precision)
+        check_part(UNet2DConditionModel, models.base, "base model", "unet")  # before hours of encoding
+        load_base_pipeline(models.base, unet=None, vae=None, text_encoder=None)  # tokenizer and scheduler
+        self.scheduler = hub.load_small(DDPMScheduler, models.base, "base model", "scheduler")
         self.folder = RunFolder(Path(cfg.run) / cfg.name, cfg.fresh, cfg.log_dir)
         if starts_from:
-            self._found = previous_stage(cfg, starts_from, models.fingerprints)
+            self._found = previous_stage(cfg, starts_from, models)
             self.before = self._found[1]
         self.complete = self.folder.is_complete(settings(cfg), self.before.get("sha256", ""))
         if not self.complete:
@@ -45,8 +50,8 @@ class StageRun:
         """The base model's UNet, frozen and in eval mode, and its noise schedule. Seeds torch's generator.
         Raises UserError: the cached features do not fit the UNet; both sides are named."""
         torch.manual_seed(self.cfg.seed)
-        unet = UNet2DConditionModel.from_pretrained(self.models.base, subfolder="unet",
-                                                    dtype=DTYPES[self.cfg.frozen_dtype])
+        unet = load_part(UNet2DConditionModel, self.models.base, "base model", "unet",
+                         DTYPES[self.cfg.frozen_dtype])
         text_dim, width = self.train.empty_text_embeds.shape[-1], unet.config.cross_attention_dim
         if text_dim != width:
             raise UserError(f"text embeddings are {text_dim} wide, the UNet's cross-attention expects {width}"
@@ -55,8 +60,7 @@ class StageRun:
         if channels != expected:
             raise UserError(f"latents have {channels} channels, the UNet expects {expected}; VAE and UNet "
                             "must be of one base model")
-        scheduler = DDPMScheduler.from_pretrained(self.models.base, subfolder="scheduler")
-        return unet.requires_grad_(False).to(self.device).eval(), scheduler
+        return unet.to(self.device), self.scheduler
 
     def load_before(self, weights: dict) -> None:
         """Load weights from the result of the stage before, and say so."""
@@ -74,12 +78,13 @@ class StageRun:
         self.objects = {**weights, "optimizer": optimizer, "progress": self.progress}
         if ema:
             self.objects["ema"] = ema
-        # what a checkpoint says about itself; the features' name changes with the data
-        self.header = {"stage": self.stage, "settings": {**settings(cfg), "features": self.train.cache.name},
+        # what a checkpoint says about itself; the features' name and content change with the data
+        features = {"features": self.train.cache.name, "content": self.train.content}
+        self.header = {"stage": self.stage, "settings": settings(cfg) | features,
                        "base_model": cfg.base_model, "clap_model": cfg.clap_model,
                        "fingerprints": self.models.fingerprints, "dims": dims,
                        "init": self.before.get("sha256", "")}
-        self.folder.resume(self.objects, self.header, cfg.allow_changed)
+        self.folder.resume(self.objects, self.header, self.models, cfg.allow_changed)
         if ema:
             ema.to("cpu" if cfg.ema_on_cpu else self.device)  # a checkpoint is read on the CPU
         self.log = Logger(self.folder.path, cfg.log_dir, purge_step=self.progress.step)
@@ -116,9 +121,9 @@ class StageRun:
     @contextmanager
     def stepping(self):
         """Inside, a stop signal waits for the next save_if_due(), and a bar shows the progress."""
-        with stops_awaited(speaks=processes.first()) as self.stops, \
-                tqdm(total=self.cfg.steps, initial=self.progress.step, desc=self.cfg.name, unit="step",
-                     dynamic_ncols=True, disable=not processes.first()) as self.bar:
+        options = bar_options(total=self.cfg.steps, initial=self.progress.step, desc=self.cfg.name,
+                              unit="step", dynamic_ncols=True, disable=not processes.first())
+        with stops_awaited(speaks=processes.first()) as self.stops, tqdm(**options) as self.bar:
             yield
 
     def save_best(self) -> None:
@@ -159,7 +164,7 @@ class StageRun:
         if progress.step % self.cfg.log_every and progress.step != self.cfg.steps:
             return
         values = {"loss": float(loss), "grad_norm": float(grad_norm), **more}
-        self.bar.set_postfix({key: f"{value:.4g}" for key, value in values.items()})
+        self.bar.set_postfix({key: f"{value:.4g}" for key, value in values.items()}, refresh=False)
         self.log.scalars(progress.step, **values, s_per_step=progress.step_seconds / progress.step,
                          memory_mb=max(peak_memory_mb(self.device).values()))
 

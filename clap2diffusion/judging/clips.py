@@ -12,7 +12,7 @@ from clap2diffusion.base import files, hub
 from clap2diffusion.base.exits import UserError
 from clap2diffusion.base.statistics import stratified
 from clap2diffusion.dataset.decoding import BadFile, load_picture, read_windows
-from clap2diffusion.dataset.manifest import Row, read_manifest
+from clap2diffusion.dataset.manifest import Row, usable_rows
 from clap2diffusion.pictures.inputs import adapter_facts, find_adapter
 
 STAGES = ("stage1", "stage2", "stage3")
@@ -34,12 +34,7 @@ def check_run(args: argparse.Namespace) -> bool:
 
 def find_judge(name: str) -> Path:
     """The folder of a judge. Raises UserError: no such model, or one that is no fixed-size SigLIP."""
-    folder = hub.resolve_model(name, "judge")
-    kind = files.read_json(folder / "config.json").get("model_type")
-    if kind != "siglip":
-        raise UserError(f"judge {name}: is a {kind!r} model; expected a SigLIP with one picture size, "
-                        "such as google/siglip2-so400m-patch14-384")
-    return folder
+    return hub.resolve_model(name, "judge", beside=hub.SCRIPTS)  # the default judge lies beside the scripts
 
 
 def read_results(run: Path) -> dict[str, dict]:
@@ -98,7 +93,7 @@ class Clips:
     the single ones of each class. `heard` holds the pairs of labels that training or validation has."""
 
     def __init__(self, data_root: str, split: str, n: int, image_size: int):
-        rows, _ = read_manifest(data_root)
+        rows = usable_rows(data_root)
         held_out = [row for row in rows if row.split == split]
         if not held_out:
             raise UserError(f"{data_root}: has no clip in split {split!r}; give another --split or "

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from clap2diffusion.base import files, hub
 from clap2diffusion.base.device import DTYPES, pick_device
 from clap2diffusion.base.exits import RunFailed
+from clap2diffusion.base.progress import bar_options
 from clap2diffusion.base.statistics import bootstrap, interval, show_interval, stratified, summary
 from clap2diffusion.dataset.decoding import SILENT_PEAK, active_rms, load_waveform
 from clap2diffusion.engine.gate_sweep import find_warning
@@ -58,7 +59,7 @@ class Subject:
         """Load the models and embed every clip."""
         args = self.args
         device, _ = pick_device(args.device, args.precision)
-        base = hub.resolve_model(args.base_model or self.facts["base_model"], "base model", hub.BASE_PARTS)
+        base = hub.find_trained(args.base_model, self.facts["base_model"], "base model", self.adapter_path)
         self.encoder = load_clap(args.clap_model, self.facts, self.adapter_path)
         self.audio_embeds = self.hear(clips)  # (n, E)
         dtype = DTYPES[args.precision]
@@ -73,7 +74,7 @@ class Subject:
 
     def hear(self, clips: Clips) -> Tensor:
         """Every clip's embedding (n, E); silent clips are the null audio."""
-        rows = tqdm(clips.rows, desc=f"{self.run}: sounds", unit="clip", leave=False)
+        rows = tqdm(clips.rows, **bar_options(desc=f"{self.run}: sounds", unit="clip", leave=False))
         return torch.cat([embed(self.encoder, str(row.audio_path)) for row in rows])
 
     def pictures(self, name: str, audio_embeds: Tensor, seeds: list[int], scale: float | None = None,
@@ -86,7 +87,8 @@ class Subject:
         paths = self.files[name] = [self.pictures_dir / f"{name}-{key[:16]}.png" for key in keys]
         missing = [i for i, path in enumerate(paths) if not path.exists()]
         done = len(paths) - len(missing)
-        with tqdm(total=len(paths), initial=done, desc=f"{self.run}: {name}", unit="picture") as bar:
+        options = bar_options(total=len(paths), initial=done, desc=f"{self.run}: {name}", unit="picture")
+        with tqdm(**options) as bar:
             for at in range(0, len(missing), args.batch_size):
                 chunk = missing[at:at + args.batch_size]
                 images = pictures(self.pipe, audio_embeds[chunk], [""] * len(chunk), guidance, args.steps,
@@ -265,7 +267,7 @@ def mixtures(judged: Judged, subject: Subject, jobs: list[tuple[int, int]]) -> n
     The two have one level while they sound. Of sounds 20 dB apart nobody would hear both, and by the RMS of a
     whole clip one crash in four seconds would be raised far above a steady sound."""
     clips, encoder, embeds, rate = judged.clips, subject.encoder, [], subject.encoder.sampling_rate
-    for job in tqdm(jobs, desc=f"{subject.run}: mixing", unit="mix", leave=False):
+    for job in tqdm(jobs, **bar_options(desc=f"{subject.run}: mixing", unit="mix", leave=False)):
         waveforms = [load_waveform(clips.rows[i].audio_path, rate, encoder.window_s)[0] for i in job]
         weights = [1 / max(SILENT_PEAK, active_rms(waveform, rate)) for waveform in waveforms]
         embeds.append(encoder([mix(waveforms, weights)]))
@@ -424,7 +426,7 @@ def write_evaluation(stem: Path, evaluation: dict) -> None:
     """Write the evaluation as stem.json, stem.md and stem.html, and print its tables."""
     text = TEMPLATES.get_template("evaluation.md.j2").render(e=evaluation)
     files.write_json(stem.with_suffix(".json"), evaluation)
-    files.write_atomic(stem.with_suffix(".md"), text.encode())
-    files.write_atomic(stem.with_suffix(".html"), page.render(evaluation).encode())
+    files.write_text(stem.with_suffix(".md"), text)
+    files.write_text(stem.with_suffix(".html"), page.render(evaluation))
     print(f"\n{text}\n{stem}.html: sounds, pictures, plots: open it in a browser\n{stem}.md: the tables\n"
           f"{stem}.json: every figure", flush=True)

@@ -12,6 +12,8 @@ from transformers import AutoTokenizer, SiglipImageProcessorPil, SiglipModel
 
 from clap2diffusion.base.device import quiet_libraries
 from clap2diffusion.base.exits import UserError
+from clap2diffusion.base.hub import load_small
+from clap2diffusion.base.models import load_part
 from clap2diffusion.judging.clips import find_judge
 
 
@@ -22,9 +24,9 @@ class Judge:
     def __init__(self, name: str | Path, device: torch.device | str = "cpu", batch_size: int = 64):
         folder = find_judge(str(name))
         quiet_libraries()
-        self.model = SiglipModel.from_pretrained(folder, dtype=torch.float32).eval().to(device)
-        self.processor = SiglipImageProcessorPil.from_pretrained(folder)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.model = load_part(SiglipModel, folder, "judge").to(device)
+        self.processor = load_small(SiglipImageProcessorPil, folder, "judge")
+        self.tokenizer = load_small(AutoTokenizer, folder, "judge")
         self.padded = {"padding": "max_length", "padding_side": "right", "truncation": True,
                        "return_tensors": "pt",
                        "max_length": self.model.config.text_config.max_position_embeddings}
@@ -48,7 +50,14 @@ class Judge:
 
     def captions(self, captions: list[str]) -> np.ndarray:
         """Captions -> unit-length embeddings (m, D), float64, as SigLIP learned them: in lower case (google's
-        big_vision, issue 187), with end-of-text, and padded on the right to the full length."""
+        big_vision, issue 187), with end-of-text, and padded on the right to the full length. Longer ones are
+        cut, after saying so."""
+        limit = self.padded["max_length"]
+        whole = self.tokenizer([caption.lower() for caption in captions], verbose=False)["input_ids"]
+        if cut := [caption for caption, ids in zip(captions, whole) if len(ids) > limit]:
+            print(f"judge: {len(cut)} of {len(captions)} captions are longer than the {limit} tokens that it "
+                  f"reads and are cut; the first is {cut[0]!r:.80}", flush=True)
+
         def embed(batch: list[str]):
             ids = self.tokenizer([caption.lower() for caption in batch], **self.padded)["input_ids"]
             return self.model.get_text_features(input_ids=ids.to(self.device))

@@ -14,11 +14,12 @@ from tqdm import tqdm
 from clap2diffusion.base import files, hub
 from clap2diffusion.base.device import pick_device
 from clap2diffusion.base.exits import UserError
+from clap2diffusion.base.progress import bar_options
 from clap2diffusion.base.statistics import interval, show_interval, stratified
-from clap2diffusion.dataset.cache import cache_key
+from clap2diffusion.dataset.cache import cache_key, file_stats
 from clap2diffusion.dataset.decoding import BadFile, load_picture
 from clap2diffusion.dataset.encoders import CLAPAudioEncoder
-from clap2diffusion.dataset.manifest import read_manifest
+from clap2diffusion.dataset.manifest import usable_rows
 from clap2diffusion.judging.clips import find_judge
 from clap2diffusion.judging.judge import Judge
 from clap2diffusion.judging.metrics import win_rates
@@ -39,12 +40,13 @@ def embed_clips(args: argparse.Namespace, stage1: argparse.Namespace) -> tuple[n
     Raises UserError: no data or model, or fewer than 20 clips."""
     clap, root = hub.resolve_model(stage1.clap_model, "CLAP model"), Path(stage1.data_root)
     fingerprints = {"clap": hub.fingerprint(clap), "judge": hub.fingerprint(find_judge(args.judge))}
-    rows = [row for row in read_manifest(root)[0] if row.split != "test"]
+    rows = [row for row in usable_rows(root) if row.split != "test"]
     rows = [rows[i] for i in stratified([row.label or "" for row in rows], args.clips, args.seed)]
-    key = cache_key(root.resolve(), rows, [], fingerprints, {"probe": stage1.image_size})
+    key = cache_key(rows, [*map(file_stats, rows)], [], fingerprints, {"probe": stage1.image_size})
     folder, models, found = Path(args.cache_dir) / f"probe-{key[:16]}", (), []
     folder.mkdir(parents=True, exist_ok=True)
-    for at in tqdm(range(0, len(rows), CHUNK), desc="embedding", unit=f" x {CHUNK} clips", leave=False):
+    options = bar_options(desc="embedding", unit=f" x {CHUNK} clips", leave=False)
+    for at in tqdm(range(0, len(rows), CHUNK), **options):
         path, chunk = folder / f"{at:08d}.json", []
         if not path.exists():
             device = pick_device(args.device, "fp32")[0]
@@ -187,7 +189,7 @@ def probe_linear(x: np.ndarray, y: np.ndarray, labels: list[str], folds: Folds,
     orders = [np.arange(len(x)), *(rng.permutation(len(x)) for _ in range(args.permutations))]
     rows, deviations, best = [], [], (-math.inf, "")
     cells = [(kind, whiten) for kind in KINDS if folds[kind] for whiten in WHITENINGS]
-    for kind, whiten in tqdm(cells, desc="linear probe", unit="cell", leave=False):
+    for kind, whiten in tqdm(cells, **bar_options(desc="linear probe", unit="cell", leave=False)):
         real, *permuted = linear_probe(x, y, folds[kind], whiten, orders)
         told = by_label(real, labels)
         luck = np.array([by_label(one, labels).mean() for one in permuted])
@@ -210,7 +212,7 @@ def probe_projection(x: np.ndarray, y: np.ndarray, folds: Folds, args: argparse.
     rows, found = [], {}
     own = (stage1.whiten, min(args.rates, key=lambda rate: abs(math.log(rate))) * stage1.learning_rate)
     tries = [(whiten, rate * stage1.learning_rate) for whiten in WHITENINGS for rate in args.rates]
-    for whiten, rate in tqdm(tries, desc="the projection", unit="run", leave=False):
+    for whiten, rate in tqdm(tries, **bar_options(desc="the projection", unit="run", leave=False)):
         curves = {kind: [train_projection(x, y, fold, whiten, rate, stage1, width)
                          for fold in folds[kind][:TRAINED_FOLDS]] for kind in KINDS if folds[kind]}
         points = {kind: [np.concatenate(point) for point in zip(*curve)] for kind, curve in curves.items()}
@@ -262,4 +264,4 @@ def probe(args: argparse.Namespace, stage1: argparse.Namespace) -> None:
     text = "\n".join([*lines, said]) + "\n"
     print(text, end="", flush=True)
     if args.out:
-        files.write_atomic(Path(args.out), text.encode())
+        files.write_text(Path(args.out), text)

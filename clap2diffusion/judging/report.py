@@ -21,7 +21,7 @@ from clap2diffusion.base import files, hub
 from clap2diffusion.base.device import DTYPES, pick_device
 from clap2diffusion.base.exits import UserError
 from clap2diffusion.dataset.decoding import load_waveform
-from clap2diffusion.dataset.manifest import read_manifest
+from clap2diffusion.dataset.manifest import usable_rows
 from clap2diffusion.engine.gate_sweep import find_warning, read_sweep
 from clap2diffusion.judging.clips import STAGES, pick_clips, read_results, readable
 from clap2diffusion.judging.page import TEMPLATES
@@ -39,7 +39,7 @@ def make_sheet(run: Path, settings: dict, args: argparse.Namespace) -> Image.Ima
     """Generate the pictures of the contact sheet with the stock pipeline, stage by stage.
     Raises UserError: the data or a model is missing, or no held-out clip can be used."""
     data_root, size = args.data_root or settings["data_root"], settings["image_size"]
-    rows, _ = read_manifest(data_root)
+    rows = usable_rows(data_root)
     rows = [row for row in rows if row.split == "test"] or [row for row in rows if row.split == "val"]
     picks = pick_clips([row.label or "" for row in rows], 2 * args.columns)
     rows, scenes = readable([rows[i] for i in picks], size)  # what training has left out is left out here
@@ -54,7 +54,7 @@ def make_sheet(run: Path, settings: dict, args: argparse.Namespace) -> Image.Ima
                for row, scene in zip(rows, scenes)]
     device, _ = pick_device(args.device, "fp32")
     dtype = DTYPES[settings["precision"]] if device.type == "cuda" else torch.float32
-    base = hub.resolve_model(args.base_model or settings["base_model"], "base model", hub.BASE_PARTS)
+    base = hub.find_trained(args.base_model, settings["base_model"], "base model", adapter_path)
     for stage in STAGES:
         pipe = load_stock_pipeline(base, find_adapter(str(run / stage)), device, dtype)
         silence = [torch.zeros_like(audio_embeds)] if stage == STAGES[-1] else []
@@ -69,7 +69,7 @@ def make_sheet(run: Path, settings: dict, args: argparse.Namespace) -> Image.Ima
 def git_commit() -> str:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True,
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, encoding="utf-8",
                                        cwd=Path(__file__).parent).strip()
     except (OSError, subprocess.CalledProcessError):
         return "not a git checkout"
@@ -134,7 +134,7 @@ def write_report(run: Path, args: argparse.Namespace) -> None:
     write_png(sheet_path, sheet)
     files.write_atomic(adapter_path, (run / STAGES[-1] / "adapter.safetensors").read_bytes())
     text = TEMPLATES.get_template("report.md.j2").render(report=report, run=run)
-    files.write_atomic(text_path, text.encode())
+    files.write_text(text_path, text)
     files.write_json(json_path, report)  # last: it says what the other files were made from
     print(f"{sheet_path}: the sounds and their pictures\n{text_path}, {json_path}: the figures\n"
           f"{adapter_path}: the adapter, for stock diffusers", flush=True)

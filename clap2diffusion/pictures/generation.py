@@ -16,6 +16,8 @@ from torch import Tensor
 from clap2diffusion.base import files, hub
 from clap2diffusion.base.device import DTYPES, pick_device
 from clap2diffusion.base.exits import UserError
+from clap2diffusion.base.progress import bar_options
+from clap2diffusion.dataset.captions import cut_texts
 from clap2diffusion.dataset.decoding import SILENT_PEAK, decode_audio
 from clap2diffusion.dataset.encoders import CLAPAudioEncoder
 from clap2diffusion.pictures import heat_maps, inputs
@@ -26,11 +28,11 @@ from clap2diffusion.pictures.sheets import tile, write_png
 def load_clap(name: str, facts: dict, adapter_path: Path) -> CLAPAudioEncoder:
     """The CLAP encoder that the adapter was trained with, from `name` ('' = where it was in training).
     Raises UserError: it is missing, or its fingerprint is not the adapter's."""
-    folder = hub.resolve_model(name or facts["clap_model"], "CLAP model")
-    found, expected = hub.fingerprint(folder), facts["fingerprints"]["clap"]
-    if found != expected:
-        raise UserError(f"{folder}: is CLAP {found}, but {adapter_path} was trained with CLAP {expected} "
-                        f"({facts['clap_model']}); give that one with --clap-model")
+    folder = hub.find_trained(name, facts["clap_model"], "CLAP model", adapter_path)
+    expected = facts["fingerprints"]["clap"]
+    if not hub.is_model(expected, folder):
+        raise UserError(f"{folder}: is CLAP {hub.fingerprint(folder)}, but {adapter_path} was trained with "
+                        f"CLAP {expected} ({facts['clap_model']}); give that one with --clap-model")
     return CLAPAudioEncoder(folder)
 
 
@@ -97,10 +99,12 @@ def generate(args: argparse.Namespace, request: argparse.Namespace) -> None:
     encoder = load_clap(args.clap_model, request.facts, adapter_path)
     audio_embeds, notes = sounds(args, encoder)  # (B, E)
     negative_embeds = embed(encoder, args.negative_audio) if args.negative_audio else None
+    for cut in cut_texts([args.prompt], request.base).values():
+        print(f"--prompt: {cut}", flush=True)
     pair = None if args.guidance_text is None else (args.guidance_text, args.guidance_audio)
     pipe = load_stock_pipeline(request.base, adapter_path, device, DTYPES[args.precision], args.scheduler)
     count = f"{len(notes)} pictures" if len(notes) > 1 else "picture"
-    pipe.set_progress_bar_config(desc=count, unit="step", leave=False)
+    pipe.set_progress_bar_config(**bar_options(desc=count, unit="step", leave=False))
     images, maps = draw(args, pipe, audio_embeds, [note["seed"] for note in notes], size=request.size,
                         audio_scale=request.audio_scale, negative_embeds=negative_embeds, guidance_pair=pair,
                         init_image=request.init_image, strength=args.strength)
@@ -111,6 +115,11 @@ def sounds(args: argparse.Namespace, encoder: CLAPAudioEncoder) -> tuple[Tensor,
     """audio_embeds (B, E) of the pictures to make, and what each one's PNG says of its sound and seed.
     Raises UserError: a file cannot be used, or the way would begin or end with silence."""
     paths, seed, n = args.audio, args.seed, args.interpolate
+    for path in [*([] if args.every else paths), *([args.negative_audio] if args.negative_audio else [])]:
+        duration_s = inputs.sound_duration(path)
+        if duration_s > encoder.window_s + 0.05:
+            print(f"{path}: {duration_s:.1f} s long, of which CLAP hears the first {encoder.window_s:g} s; "
+                  "--every goes through all of one sound", flush=True)
     if args.every:
         starts = window_starts(inputs.sound_duration(paths[0]), encoder.window_s, args.every)
         return (torch.cat([embed(encoder, paths[0], start_s) for start_s in starts]),

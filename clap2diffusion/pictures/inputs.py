@@ -13,6 +13,8 @@ from clap2diffusion.base.exits import UserError
 from clap2diffusion.base.tensor_file import digest
 from clap2diffusion.dataset.decoding import BadFile, load_image, open_audio
 
+LONGEST_NAME = 200  # bytes; file systems take 255, and a picture's number or "-attention" may follow
+
 
 def find_adapter(run: str) -> Path:
     """The adapter file of a run (its last finished stage's), of a stage, or itself. Raises UserError."""
@@ -53,13 +55,16 @@ def scale_of_gate(gate: float, facts: dict, adapter_path: Path) -> float:
 
 
 def check_request(args: argparse.Namespace, most_pictures: int) -> argparse.Namespace:
-    """Look at --out, the sounds, the adapter, --init-image and the base model, in this order. Returns the
+    """Look at --out, the sounds, the adapter, --init-image and the models, in this order. Returns the
     paths `out`, `adapter_path` and `base`, the adapter's `facts`, `audio_scale`, `size` in pixels, and
     `init_image` (3, size, size) in [-1, 1] or None.
     Raises UserError: the first that is missing or cannot be used, or a storyboard above most_pictures."""
     out = Path(args.out)
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out}: expected a name that ends in .png")
+    if len(os.fsencode(out.name)) > LONGEST_NAME:
+        raise UserError(f"--out {out}: a name of {len(os.fsencode(out.name))} bytes, expected at most "
+                        f"{LONGEST_NAME}; give a shorter one")
     if out.is_dir():
         raise UserError(f"--out {out}: is a folder; expected the name of a PNG file")
     if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
@@ -78,7 +83,8 @@ def check_request(args: argparse.Namespace, most_pictures: int) -> argparse.Name
     size = args.size or facts["image_size"]
     with usable(f"--init-image {args.init_image}", "picture"):
         init_image = load_image(args.init_image, size) if args.init_image else None
-    base = hub.resolve_model(args.base_model or facts["base_model"], "base model", hub.BASE_PARTS)
+    base = hub.find_trained(args.base_model, facts["base_model"], "base model", path)
+    hub.find_trained(args.clap_model, facts["clap_model"], "CLAP model", path)
     width = files.read_json(base / "unet/config.json").get("cross_attention_dim")
     if width != facts["dims"]["width"]:
         raise UserError(f"{base}: its cross-attention is {width} wide, {path} expects "

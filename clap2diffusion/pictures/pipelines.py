@@ -12,17 +12,40 @@ from pathlib import Path
 import diffusers  # a pipeline takes seconds to import: each is named where it is used
 import numpy as np
 import torch
+import transformers
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from clap2diffusion.base import files, tensor_file
 from clap2diffusion.base.device import DTYPES, quiet_libraries
 from clap2diffusion.base.exits import RunFailed
+from clap2diffusion.base.hub import told
+from clap2diffusion.base.models import load_part
 from clap2diffusion.base.settings import GUIDANCE, SCHEDULERS
 from clap2diffusion.base.statistics import stratified
+from clap2diffusion.dataset.captions import text_limit
 from clap2diffusion.pictures.sheets import tile
 
 MOST_DIFFERENCE = 1e-4  # of stock diffusers' prediction from ours
+
+
+def load_base_pipeline(base_dir: Path, dtype=torch.float32, **parts):
+    """diffusers' StableDiffusionPipeline of a base model, on the CPU; `parts` replace its own.
+    Raises UserError: a part cannot be made of its files, or a tensor is missing or has no place."""
+    quiet_libraries()
+    kinds = {"unet": (diffusers, "UNet2DConditionModel"), "vae": (diffusers, "AutoencoderKL"),
+             "text_encoder": (transformers, "CLIPTextModel")}
+    parts = {"safety_checker": None, "requires_safety_checker": False, "feature_extractor": None,
+             "image_encoder": None, **parts}
+    parts |= {part: load_part(getattr(library, kind), base_dir, "base model", part, dtype,
+                              ("text_projection.",) if part == "text_encoder" else ())
+              for part, (library, kind) in kinds.items() if part not in parts}
+    with told(diffusers.StableDiffusionPipeline, "base model", base_dir):
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained(base_dir, dtype=dtype, **parts)
+    if pipe.tokenizer:  # not every tokenizer's config names a limit
+        pipe.tokenizer.model_max_length = text_limit(Path(base_dir))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def load_stock_pipeline(base_dir: Path, adapter_path: Path, device: str = "cpu", dtype=torch.float32,
@@ -30,11 +53,8 @@ def load_stock_pipeline(base_dir: Path, adapter_path: Path, device: str = "cpu",
     """diffusers' StableDiffusionPipeline with the exported file; `parts` replace its own. scheduler: the base
     model's own, or one of SCHEDULERS for few steps (DPM-Solver++, Lu et al. 2022; UniPC, Zhao et al. 2023),
     on the base model's noise schedule."""
-    quiet_libraries()
-    parts = {"safety_checker": None, "requires_safety_checker": False, "feature_extractor": None, **parts}
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(base_dir, dtype=dtype, **parts)
+    pipe = load_base_pipeline(base_dir, dtype, **parts)
     pipe.load_ip_adapter(str(adapter_path.parent), "", adapter_path.name, image_encoder_folder=None)
-    pipe.set_progress_bar_config(disable=True)
     if SCHEDULERS[scheduler]:
         kind = getattr(diffusers, SCHEDULERS[scheduler])
         pipe.scheduler = kind.from_config(pipe.scheduler.config, timestep_spacing="trailing")

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from clap2diffusion.base import files
 from clap2diffusion.base.exits import UserError
+from clap2diffusion.base.progress import bar_options
 from clap2diffusion.base.workers import in_processes
 from clap2diffusion.dataset.manifest import SPLITS, begin_data_folder, write_manifest
 from clap2diffusion.pictures.sheets import write_png
@@ -129,7 +130,7 @@ def _copy_stamps(stamps: Path, sounds: list[Path], out: Path, size: int) -> tupl
     """Copy all stamps: their rows, and what is in the folder in words."""
     rows, left_out, counts, kinds, rates = [], *(Counter() for _ in range(4))
     firsts = same_recording(sounds)
-    for sound, first in zip(tqdm(sounds, desc="stamps", unit="stamp"), firsts):
+    for sound, first in zip(tqdm(sounds, **bar_options(desc="stamps", unit="stamp")), firsts):
         copied = _copy_stamp(sound, "-".join(sound.relative_to(stamps).with_suffix("").parts), out, size)
         if isinstance(copied, str):
             left_out[copied] += 1

@@ -1,0 +1,219 @@
+"""Names, outputs and machines that are not UTF-8, not a terminal, or lack shared memory."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ENV, ROOT, ok, script
+from PIL import Image
+from test_faults_data import folder, write_manifest
+from tqdm import tqdm
+
+from clap2diffusion.base import exits, files, progress, settings, workers
+from clap2diffusion.base.exits import UserError
+
+PLAIN_C = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}  # then Python reads names as ASCII
+KOREAN = "개가 짖는다"
+
+
+def begun(name: str, *args, shell: str = "", **env) -> subprocess.CompletedProcess:
+    """One of our scripts by its own Python, as the environment matters. shell: redirections behind it."""
+    command = ["bash", "-c", f'"$@" {shell}', "bash", sys.executable, str(ROOT / name), *args]
+    return subprocess.run(command, env=ENV | env, capture_output=True, cwd=ROOT)
+
+
+def good_data(tmp_path: Path) -> Path:
+    rows = folder(tmp_path / "data")
+    for row in rows[:2]:
+        row["split"] = "val"
+    write_manifest(tmp_path / "data", rows)
+    return tmp_path / "data"
+
+
+# --- what the output cannot show ----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_a_prompt_that_the_output_cannot_show_is_drawn_all_the_same(encoding, run, world, tmp_path):
+    sound, out = next((world / "audio").iterdir()), tmp_path / "out.png"
+    done = begun("generate.py", "--run", run, "--audio", sound, "--steps", "2", "--prompt", KOREAN, "--out",
+                 out, PYTHONIOENCODING=encoding)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    assert json.loads(Image.open(out).text["clap2diffusion"])["prompt"] == KOREAN
+    assert ascii(KOREAN) in done.stdout.decode("ascii")
+
+
+def test_closed_outputs_end_nothing(tmp_path):
+    assert begun("prepare_data.py", "check", "--data-root", good_data(tmp_path),
+                 shell="<&- >&- 2>&-").returncode == 0
+
+
+# --- what is not UTF-8 --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("command, where", [
+    (["generate.py", "--audio", "a.wav", "--prompt", b"caf\xe9"], "--prompt"),
+    (["generate.py", "--audio", "a.wav", b"--prompt=caf\xe9"], "--prompt"),
+    (["generate.py", "--audio", "a.wav", b"caf\xe9.wav", "--steps", "2"], "--audio"),
+    (["train_stage1.py", "--run", b"caf\xe9"], "--run"),
+    (["evaluate.py", "--run", b"caf\xe9"], "--run"),
+    (["prepare_data.py", "check", "--data-root", b"caf\xe9"], "--data-root"),
+    (["prepare_data.py", b"ch\xe9ck"], "the command line"),
+    (["train_stage2.py", b"--r\xe9n", "runs/tiny"], "the command line"),
+], ids=str)
+def test_an_argument_that_is_not_utf_8_is_refused(command, where):
+    done = begun(*command)
+    [said] = done.stderr.decode().splitlines()
+    assert done.returncode == 2 and said.startswith(f"error: {where}: got '")
+    assert "the byte 0xE9 is not UTF-8; write it in UTF-8" in said
+
+
+def test_a_locale_that_misreads_letters_is_told(tmp_path):
+    done = begun("generate.py", "--audio", "a.wav", "--prompt", KOREAN, **PLAIN_C)
+    said = done.stderr.decode().splitlines()[-1]
+    assert done.returncode == 2 and said.startswith("error: --prompt: got ") and "PYTHONUTF8=1" in said
+    assert begun("prepare_data.py", "check", "--data-root", good_data(tmp_path), **PLAIN_C).returncode == 0
+
+
+def test_half_a_surrogate_pair_in_a_config_is_refused(tmp_path):
+    config = tmp_path / "c.json"
+    for half, said in (("\udce9", "the byte 0xE9 is not UTF-8"), ("\ud83d", "\\ud83d alone is not UTF-8")):
+        config.write_text(json.dumps({"common": {"data_root": half}}), "utf-8")
+        done = script("train_stage1.py", "--config", config)
+        assert done.returncode == 2 and f"error: {config}: common.data_root: got " in done.stderr
+        assert said in done.stderr
+
+
+def test_half_a_surrogate_pair_is_written_as_an_escape(tmp_path):
+    files.write_json(tmp_path / "a.json", {"prompt": "caf\udce9 " + KOREAN})
+    assert KOREAN in (tmp_path / "a.json").read_text("utf-8")
+    assert json.loads((tmp_path / "a.json").read_bytes()) == {"prompt": "caf\udce9 " + KOREAN}
+    with pytest.raises(UserError, match="0xE9"):
+        settings.check_text("caf\udce9", "x")
+
+
+@pytest.mark.parametrize("command", [
+    ["generate.py", "--audio", "a.wav", "--out", "n" * 300 + ".png"], ["generate.py", "--audio", "n" * 300],
+    ["evaluate.py", "--run", "n" * 300],
+    ["prepare_data.py", "check", "--data-root", "n" * 300]], ids=lambda command: " ".join(command)[:40])
+def test_a_name_that_is_too_long_is_the_users_error(command):
+    done = script(*command)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "nnn" in done.stderr.splitlines()[-1]
+
+
+def test_the_longest_name_can_be_written(tmp_path):
+    files.write_text(tmp_path / ("n" * 255), KOREAN)
+    assert (tmp_path / ("n" * 255)).read_text("utf-8") == KOREAN and len(list(tmp_path.iterdir())) == 1
+
+
+def without_encoding(source: str) -> list[str]:
+    """Calls that open or read text in the locale's encoding instead of one that they name."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            owner = getattr(getattr(node.func, "value", None), "id", "")
+            given = {key.arg for key in node.keywords
+                     if key.arg != "text" or ast.unparse(key.value) == "True"}
+            texts = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            named = "encoding" in given or any(text.startswith("utf-8") for text in texts)
+            binary = texts and "b" in texts[-1] or owner in ("os", "Image", "tarfile", "zipfile")
+            if (name in ("read_text", "write_text") and owner != "files" and not named
+                    or name == "open" and not binary and not named
+                    or given & {"text", "universal_newlines"} and not named):
+                found.append(f"line {node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+def test_every_text_file_is_opened_as_utf_8():
+    assert len(without_encoding("open(p)\np.read_text()\nrun(c, text=True)\np.open('a')")) == 4
+    assert not without_encoding("open(p, 'rb')\np.read_text('utf-8')\nos.open(p, 0)\np.write_text(t, 'utf-8')"
+                                "\nf(text=t)")
+    paths = [p for p in ROOT.rglob("*.py") if not {"tests", ".venv", "shared"} & {*p.relative_to(ROOT).parts}]
+    found = [f"{path}: {one}" for path in paths for one in without_encoding(path.read_text("utf-8"))
+             if not (path.name == "files.py" and "write_text(path, json.dumps" in one)]
+    assert len(paths) > 40 and not found, found
+
+
+# --- progress -----------------------------------------------------------------------------------------------
+
+def test_progress_in_a_file_is_a_line_now_and_then(capsys, monkeypatch):
+    for _ in tqdm(range(2000), **progress.bar_options(desc="rows", unit="row", leave=False)):
+        pass
+    said = capsys.readouterr().err
+    assert [line.split(" [")[0] for line in said.splitlines()] == ["rows: 0 of 2000", "rows: 2000 of 2000"]
+    assert "\r" not in said and said.endswith("]\n")
+    monkeypatch.setattr(progress, "EVERY_S", 0.0)
+    with tqdm(**progress.bar_options(total=5, desc="rows", unit="row")) as bar:
+        for loss in range(5):
+            bar.set_postfix({"loss": loss}, refresh=False)
+            bar.update()
+    said = capsys.readouterr().err
+    assert "\r" not in said and len(said.splitlines()) >= 5 and said.splitlines()[-1].endswith(", loss=4]")
+
+
+def test_progress_on_a_terminal_is_a_bar(monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert progress.bar_options(desc="rows", leave=False) == {"desc": "rows", "leave": False}
+
+
+def test_a_stage_writes_few_lines_into_a_file(config, run, tmp_path):
+    done = ok(script("train_stage1.py", "--config", config, "--run", tmp_path / "run"))
+    said = [line for line in done.stderr.splitlines() if line.startswith("stage1:")]
+    assert "\r" not in done.stderr and len(said) == 2, done.stderr
+    assert said[0].startswith("stage1: 0 of 10 [") and said[1].startswith("stage1: 10 of 10 [")
+    assert "loss=" in said[1]
+
+
+# --- machines without shared memory -------------------------------------------------------------------------
+
+NO_SEMAPHORES = """import _multiprocessing
+class SemLock(_multiprocessing.SemLock):
+    def __new__(cls, *args):
+        raise FileNotFoundError(2, "No such file or directory")
+_multiprocessing.SemLock = SemLock
+"""
+ALONE = "semaphores cannot be made (No such file or directory), perhaps for want of a /dev/shm"
+
+
+@pytest.fixture
+def no_shm(tmp_path) -> dict:
+    """The environment of a machine whose semaphores cannot be made, as without /dev/shm."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(NO_SEMAPHORES, "utf-8")
+    return {"PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}"}
+
+
+def test_check_works_without_shared_memory(no_shm, tmp_path):
+    done = begun("prepare_data.py", "check", "--data-root", good_data(tmp_path), **no_shm)
+    assert done.returncode == 0 and done.stderr.decode().count(ALONE) == 1, done.stderr
+    assert b"4 rows (2 train, 2 val, 0 test), 0 unusable" in done.stdout
+
+
+def test_world_works_without_shared_memory(no_shm, tmp_path):
+    sizes = ("--train", "2", "--val", "1", "--test", "1")
+    done = begun("prepare_data.py", "world", "--out", tmp_path / "world", *sizes, **no_shm)
+    assert done.returncode == 0 and done.stderr.decode().count(ALONE) == 1, done.stderr
+    ok(script("prepare_data.py", "world", "--out", tmp_path / "again", *sizes))
+    for path in (tmp_path / "world").rglob("*.*"):
+        assert path.read_bytes() == (tmp_path / "again" / path.relative_to(tmp_path / "world")).read_bytes()
+
+
+def test_a_stage_works_without_shared_memory(no_shm, config, tmp_path):
+    flags = ("--config", config, "--run", tmp_path / "run", "--steps", "3", "--workers", "2")
+    done = begun("train_stage1.py", *flags, **no_shm)
+    assert done.returncode == 0 and done.stderr.decode().count(ALONE) == 1, done.stderr.decode()[-2000:]
+
+
+def test_workers_are_kept_where_they_can_be():
+    assert workers.usable_workers(2) == 2 and workers.usable_workers(0) == 0
+
+
+def test_too_little_shared_memory_is_told():
+    error = RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback ...\n"
+                         "RuntimeError: unable to allocate shared memory(shm) for file </torch_1>: No space")
+    assert exits._sentence_of(error).endswith("use Docker's --shm-size=8g or --workers 0")
