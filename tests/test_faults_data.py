@@ -24,7 +24,14 @@ from PIL import Image, ImageCms, PngImagePlugin
 
 from clap2diffusion.base.exits import Stopped
 from clap2diffusion.dataset.checking import look_at
-from clap2diffusion.dataset.decoding import BadFile, decode_audio, load_image, load_waveform, open_audio
+from clap2diffusion.dataset.decoding import (
+    BadFile,
+    decode_audio,
+    load_image,
+    load_waveform,
+    open_audio,
+    read_windows,
+)
 from clap2diffusion.dataset.manifest import read_manifest
 
 RATE = 16000
@@ -293,6 +300,17 @@ def between_chunks(content: bytearray) -> bytes:
             + b"id3 " + struct.pack("<I", 510) + id3(500))
 
 
+def beside_a_sidecar(path: Path) -> None:
+    """As macOS' tar, zip and exFAT leave one beside every file."""
+    path.write_bytes(encoded(44100, format="MP3"))
+    path.with_name(f"._{path.name}").write_bytes(b"\0\x05\x16\x07\0\x02\0\0Mac OS X" + bytes(4080))
+
+
+def rounded_rate(content: bytearray) -> bytearray:
+    content[28:32] = (int.from_bytes(content[28:32], "little") + 1).to_bytes(4, "little")
+    return content
+
+
 def hole_in_ogg(content: bytearray) -> bytearray:
     """100 zero bytes before a page in the middle."""
     at = content.index(b"OggS", len(content) // 2)
@@ -435,6 +453,11 @@ SOUNDS = [
 ]
 # Of the same kinds, in other containers. One process serves for all.
 OTHER_SOUNDS = [
+    Case("an MP3 beside its macOS sidecar", sound("a.mp3", beside_a_sidecar), 0, USED, plays("a.mp3")),
+    Case("little-endian AU", sound("a.au", foreign(b"\0ds.")), 2,
+         "little-endian AU, which libsndfile does not read"),
+    Case("ADPCM whose byte rate is rounded", sound("a.wav", as_bytes(
+        rounded_rate, rate=44100, format="WAV", subtype="MS_ADPCM")), 0, USED, plays("a.wav")),
     Case("an MP3 that has a transport stream's mark by chance",
          sound("a.mp3", as_bytes(lambda c: c[:188] + b"G@" + c[190:], rate=44100, format="MP3")), 0, USED,
          plays("a.mp3")),
@@ -572,6 +595,30 @@ def bomb(path: Path) -> None:
     content[16:24] = struct.pack(">II", 30000, 30000)
     content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
     path.write_bytes(content)
+
+
+def gray_tiff(bits: int, photometric: int):
+    """A ramp from black on the left to white on the right, as scanners save it. photometric 0: 0 is white.
+    """
+    def make(path: Path) -> None:
+        ramp = np.tile(np.rint(np.linspace(0, 2 ** bits - 1, 96)).astype(int), (96, 1))
+        ramp = ramp if photometric else 2 ** bits - 1 - ramp
+        if bits == 12:
+            a, b = ramp[:, ::2], ramp[:, 1::2]
+            data = np.stack([a >> 4, (a & 15) << 4 | b >> 8, b & 255], -1).astype(np.uint8).tobytes()
+        else:
+            data = ramp.astype("<u2").tobytes()
+        tags = ((256, 96), (257, 96), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1),
+                (278, 96), (279, len(data)))
+        directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+        path.write_bytes(struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data
+                         + struct.pack("<H", len(tags)) + directory + bytes(4))
+    return make
+
+
+def is_a_ramp_of_gray(d: Path, _) -> None:
+    expected = np.tile(np.linspace(0, 255, 96)[:, None], (96, 1, 3))
+    assert np.abs(values(d, "a.tiff") - expected).max() < 1.5
 
 
 def cut_picture(path: Path) -> None:
@@ -757,6 +804,16 @@ def lab(path: Path) -> None:
 
 BOMB = b"Comment\0\0" + zlib.compress(bytes(80_000_000))
 ODD_PICTURES = [
+    Case("gray TIFF of 12 bits", image("a.tiff", gray_tiff(12, 1)), 0, USED, is_a_ramp_of_gray),
+    Case("gray TIFF of 16 bits in which 0 is white", image("a.tiff", gray_tiff(16, 0)), 0, USED,
+         is_a_ramp_of_gray),
+    Case("HEIC named .jpg", image("a.jpg", lambda p: p.write_bytes(b"\0\0\0$ftypheic" + bytes(500))), 2,
+         "picture a.jpg: not a picture that Pillow reads: HEIC, as iPhones write it; convert it to PNG: "),
+    Case("a video named .jpg", image("a.jpg", lambda p: p.write_bytes(b"\0\0\0$ftypisom" + bytes(500))), 2,
+         "picture a.jpg: not a picture that Pillow reads: a video, MP4"),
+    Case("a pointer of Git LFS as picture",
+         image("a.png", lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\n")), 2,
+         "picture a.png: not a picture that Pillow reads: a pointer of Git LFS; run git lfs pull"),
     Case("EXIF with a maker's tag of type FLOAT beside orientation 6", image("a.jpg", lambda p: top_is_red(
         p, exif=exif(FLOAT_MAKER, TURN), quality=95)), 0, USED, is_red_above_blue("a.jpg")),
     Case("EXIF that is no EXIF", image("a.jpg", jpeg_with(0xE1, b"Exif\0\0" + b"\xff" * 30)), 0, USED,
@@ -1234,6 +1291,25 @@ def test_several_windows_are_stretches_of_the_whole(tmp_path, name, options, cha
     assert not flags
     for window, start in zip(windows, np.linspace(0, total - 2 * rate, 3).round().astype(int)):
         np.testing.assert_allclose(window, whole[start:start + 2 * rate, 0], atol=2e-3)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_windows_of_vorbis_lie_where_they_should(tmp_path, seed):
+    """Tones that decay, so that the sizes of Vorbis' blocks change: there libsndfile seeks wrongly."""
+    rng, rate = np.random.default_rng(seed), 44100
+    t, x = np.arange(12 * rate) / rate, np.zeros(12 * rate)
+    for begin in np.sort(rng.uniform(0, 11.5, 25)):
+        after = np.maximum(t - begin, 0)
+        x += 0.3 * (t >= begin) * np.exp(-6 * after) * np.sin(2 * np.pi * rng.uniform(200, 3000) * after)
+    sf.write(tmp_path / "a.ogg", x / np.abs(x).max(), rate, format="OGG", subtype="VORBIS")
+    whole, _ = sf.read(tmp_path / "a.ogg", dtype="float32")
+    for windows, start_s in ((5, 0.0), (3, 0.3), (4, 1.7)):
+        blocks, _ = read_windows(tmp_path / "a.ogg", 0.7, windows, start_s)
+        length = round(0.7 * rate)
+        first, last = round(start_s * rate), len(whole) - length
+        for block, start in zip(blocks, np.linspace(first, last, windows).round().astype(int), strict=True):
+            assert len(block) == length
+            np.testing.assert_allclose(block[:, 0], whole[start:start + length], atol=1e-4)
 
 
 @pytest.mark.skipif(not shutil.which("ffmpeg"), reason="FFmpeg makes these files")

@@ -25,6 +25,8 @@ FOREIGN = ((0, b"\x1aE\xdf\xa3", "WebM or Matroska"), (4, b"ftyp", "MP4 or M4A")
            (0, b"MAC ", "Monkey's Audio"), (0, b"TTA1", "TTA"), (0, b"\x0b\x77", "AC-3"),
            (0, b"\x7f\xfe\x80\x01", "DTS"), (0, b".RMF", "RealMedia"), (0, b"DSD ", "DSD"),
            (0, b"FRM8", "DSD"), (0, b"ADIF", "AAC"), (0, b"\xff\xf1", "AAC"), (0, b"\xff\xf9", "AAC"),
+           (0, b"\0ds.", "little-endian AU"), (0, b"BW64", "BW64"), (0, b"ea3", "OpenMG"),
+           (0, b"\x06\x0e\x2b\x34", "MXF"), (0, b"nut/", "NUT"), (0, b"FWS", "Flash"), (0, b"CWS", "Flash"),
            (8, b"AVI ", "AVI video"), (0, b"\0\0\1\xba", "MPEG video"),
            (188, b"\x47\x40", "MPEG transport stream"))
 USELESS = ((b"version https://git-lfs", "a pointer of Git LFS, not the sound itself; run git lfs pull"),

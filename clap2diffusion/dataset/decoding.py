@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import soundfile as sf
 import soxr
-from PIL import ExifTags, Image, ImageCms
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 from PIL.Image import Transpose
 
 from clap2diffusion.dataset.containers import Facts, MendedFile, inspect
@@ -24,6 +24,7 @@ SILENT_PEAK, CANCELLED_SHARE = 1e-5, 1e-3  # -100 dB of full scale; -60 dB of wh
 UPRIGHT = dict(enumerate((Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM,
                           Transpose.TRANSPOSE, Transpose.ROTATE_270, Transpose.TRANSVERSE,
                           Transpose.ROTATE_90), 2))
+BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # tags of TIFF
 # What of a file the pixels need: chunks of PNG (and the colours and orientation), tags of TIFF
 PNG_CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"iCCP", b"eXIf")
 TIFF_TAGS = (*range(254, 267), 273, 274, *range(277, 280), 284, 292, 293, 317, 320, *range(322, 326), 332,
@@ -58,7 +59,9 @@ class Sound(sf.SoundFile):
 
     def __init__(self, path: Path, facts: Facts):
         self.open_end, self._counted, self._seeks = facts.open_end, facts.frames, None
-        self._mended = MendedFile(path, facts) if facts.mended else None
+        # of NAME it would read the macOS sidecar ._NAME, where the first bytes are of no format it knows
+        sidecar = path.with_name(f"._{path.name}").exists() or Path("._").exists()
+        self._mended = MendedFile(path, facts) if facts.mended or sidecar else None
         super().__init__(self._mended or str(path))
 
     @property
@@ -66,11 +69,12 @@ class Sound(sf.SoundFile):
         return super().frames if self._counted is None else self._counted
 
     def seekable(self) -> bool:
-        """Whether seeking works. libsndfile says so of files in which it then fails."""
+        """Whether seeking works. libsndfile says so of files in which it then fails, and of Vorbis, where it
+        ends up to 1792 samples beside the place."""
         if self._seeks is None:
             self._seeks = False  # self.seek() may ask again
             try:
-                self._seeks = super().seekable() and self.seek(0) == 0
+                self._seeks = self.subtype != "VORBIS" and super().seekable() and self.seek(0) == 0
             except RuntimeError:
                 pass
         return self._seeks
@@ -100,6 +104,11 @@ class Sound(sf.SoundFile):
         return [np.concatenate(part) for part in parts]
 
 
+def _conversion(path: Path) -> str:
+    other = path.stem + (".wav" if path.suffix == ".flac" else ".flac")
+    return f"; convert it: ffmpeg -i {shlex.quote(path.name)} {shlex.quote(other)}"
+
+
 def open_audio(path: Path) -> Sound:
     """Open a sound and check what its bytes say, without decoding it. Raises BadFile."""
     facts = Facts(0)
@@ -110,9 +119,7 @@ def open_audio(path: Path) -> Sound:
     except (RuntimeError, TypeError, ValueError, OSError) as error:  # sf's own errors are RuntimeErrors
         facts.fault = f"not a sound that libsndfile reads ({getattr(error, 'error_string', error)})"
     if facts.fault:
-        other = path.stem + (".wav" if path.suffix == ".flac" else ".flac")
-        line = f"; convert it: ffmpeg -i {shlex.quote(path.name)} {shlex.quote(other)}"
-        raise BadFile(facts.fault + line * facts.convert)
+        raise BadFile(facts.fault + _conversion(path) * facts.convert)
     rate, frames = sound.samplerate, sound.frames  # libsndfile gives no rate below 1
     return _checked(sound, [
         (not MIN_RATE <= rate <= MAX_RATE, f"sampling rate {rate} Hz, expected {MIN_RATE} to {MAX_RATE}"),
@@ -139,11 +146,13 @@ def read_windows(path: Path, window_s: float, windows=1, start_s=0.0) -> tuple[l
                     raise BadFile(f"truncated: fewer than the header's {total} samples can be read")
             blocks = sound.windows(starts, length, dtype)
         except RuntimeError as error:
-            raise BadFile(f"truncated or damaged: it stops within its {total} samples ({error})") from None
-        # An open end may lie within a frame of the codec.
-        least = length - (round(OPEN_END_S * rate) if sound.open_end else 0)
+            raise BadFile(f"truncated or damaged: it stops within its {total} samples ({error}); if it plays "
+                          f"elsewhere{_conversion(path)[1:]}") from None
+        # An open end may lie within a frame of the codec. Of an Ogg the last page is known to be there.
+        least = length - (round(OPEN_END_S * rate) if sound.open_end or sound.format == "OGG" else 0)
     if short := [len(block) for block in blocks if len(block) < least]:
-        raise BadFile(f"truncated: {short[0]} of {length} samples can be read")
+        raise BadFile(f"truncated: {short[0]} of {length} samples can be read; if it plays elsewhere"
+                      f"{_conversion(path)[1:]}")
     if not all(np.isfinite(block).all() for block in blocks):
         raise BadFile("holds NaN or infinite samples")
     return blocks, rate
@@ -249,7 +258,10 @@ def _refusing(what: str):
 
 def _open_source(source, decode: bool) -> Image.Image:
     with _refusing("not a picture that Pillow reads"):
-        image = Image.open(source)
+        try:
+            image = Image.open(source)
+        except UnidentifiedImageError:
+            raise _Unknown("not a picture that Pillow reads") from None
     (short, long), size = sorted(image.size), f"{image.width}x{image.height} pixels"
     _checked(image, [
         (short * long > MAX_PIXELS, f"{size}, expected at most {MAX_PIXELS // 1_000_000} million"),
@@ -271,13 +283,50 @@ def open_image(path: Path, decode=False) -> Image.Image:
         _check_plain_file(path)
     try:
         return _open_source(path, decode)
-    except BadFile:
+    except BadFile as error:
         with contextlib.suppress(BadFile, OSError, IndexError), open(path, "rb") as file:
             start = file.read(8)
             for signature, pixels in PIXELS.items():
                 if start.startswith(signature):
                     return _open_source(io.BytesIO(pixels(start + file.read())), decode)
+        if isinstance(error, _Unknown) and (what := _other_format(path)):
+            raise BadFile(f"{error}: {what}") from None
         raise
+
+
+class _Unknown(BadFile):
+    """A picture of no format that Pillow knows."""
+
+
+# How a file begins, from a byte on; what it is, and what to do. Of pictures that Pillow does not read, and of
+# what is no picture.
+CONVERT = "; convert it to PNG: magick {0} {1}"
+FOREIGN_PICTURES = (
+    (4, b"ftypheic", "HEIC, as iPhones write it" + CONVERT), (4, b"ftypheix", "HEIC" + CONVERT),
+    (4, b"ftypmif1", "HEIF" + CONVERT), (4, b"ftypmsf1", "HEIF" + CONVERT), (4, b"ftyp", "a video, MP4"),
+    (0, b"\xff\x0a", "JPEG XL" + CONVERT), (4, b"JXL ", "JPEG XL" + CONVERT),
+    (0, b"\xff\xd8\xff", "a JPEG of another kind, or damaged" + CONVERT),
+    (0, b"v/1\x01", "OpenEXR" + CONVERT), (0, b"#?RADIANCE", "Radiance HDR" + CONVERT),
+    (0, b"SDPX", "DPX" + CONVERT), (0, b"XPDS", "DPX" + CONVERT), (0, b"<svg", "SVG" + CONVERT),
+    (0, b"8BPS", "a Photoshop file of another kind; save it with 8 bits" + CONVERT),
+    (0, b"II*\0", "a TIFF with other pixels; save it as RGB or gray with 8 or 16 bits"),
+    (0, b"MM\0*", "a TIFF with other pixels; save it as RGB or gray with 8 or 16 bits"),
+    (0, b"version https://git-lfs", "a pointer of Git LFS; run git lfs pull"),
+    (0, b"<!doctype html", "a web page; download the picture again"),
+    (0, b"<html", "a web page; download the picture again"),
+    (0, b"{", "JSON, perhaps an error page; download the picture again"),
+    (0, b"\x1f\x8b", "compressed with gzip; unpack it"),
+    (0, b"\0\x05\x16\x07", "a sidecar file of macOS; remove it"))
+
+
+def _other_format(path: Path) -> str:
+    """What a file is that Pillow does not read, and what to do; "" for one that is not known."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        start = file.read(64).lstrip()
+        for at, mark, what in FOREIGN_PICTURES:
+            if start[at:].startswith(mark) or mark[:1] == b"<" and start.lower().startswith(mark):
+                return what.format(shlex.quote(path.name), shlex.quote(f"{path.stem}.png"))
+    return ""
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -301,12 +350,14 @@ def _to_srgb(profile: bytes | None, mode: str) -> ImageCms.ImageCmsTransform | N
     return None
 
 
-def _rgb_on_white(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """A decoded picture of any mode as RGB in sRGB. What is transparent lies on white."""
+def _rgb_on_white(image: Image.Image, profile: bytes | None, bits=16, inverted=False) -> Image.Image:
+    """A decoded picture of any mode as RGB in sRGB. What is transparent lies on white. bits, inverted: of
+    gray in more than 8 bits, how many it has, and whether 0 is white."""
     if image.mode.startswith("I"):  # 16 bits of gray: a plain convert would clip nearly all to white
-        gray = np.asarray(image).astype(np.int64)
+        gray, most = np.asarray(image).astype(np.int64), 2 ** bits - 1
         if gray.min() < 0 or gray.max() > 65535:
-            raise BadFile("more than 16 bits a pixel")
+            raise BadFile("more than 16 bits a pixel; save it with 8 or 16 bits")
+        gray = np.rint(np.minimum(most - gray if inverted else gray, most) * (65535 / most)).astype(np.int64)
         hidden = gray == image.info.get("transparency")  # one level of PNG's that counts as transparent
         image = Image.fromarray(np.rint(gray / 257).astype(np.uint8))
         image.putalpha(Image.fromarray(np.where(hidden, 0, 255).astype(np.uint8)))
@@ -325,10 +376,13 @@ def load_image(path: str | Path, size: int) -> np.ndarray:
     crop. Raises BadFile."""
     with open_image(Path(path), decode=True) as image, _refusing("damaged picture"):
         profile = image.info.get("icc_profile")  # animated pictures open at their first frame
+        tags = getattr(image, "tag_v2", {})  # of a TIFF
+        bits, inverted = min(tags.get(BITS_PER_SAMPLE, (16,))[0], 16), tags.get(PHOTOMETRIC) == 0
         image = _upright(image)
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = _rgb_on_white(image.crop((left, top, left + side, top + side)), profile)
+        image = image.crop((left, top, left + side, top + side))
+        image = _rgb_on_white(image, profile, bits, inverted)
         image = image.resize((size, size), Image.Resampling.LANCZOS)
     pixels = np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / np.float32(127.5) - 1
     # Convolutions round differently in other layouts, and pickling in a worker changes the layout.

@@ -80,6 +80,9 @@ class _Names:
 
 def _why_absent(names: _Names, key: str, name: str) -> None:
     """Raise BadRow if a name that no file has shows why. One that shows nothing is found missing later."""
+    if name.startswith("file:"):
+        raise BadRow("file address", f"{key}: {name!r:.200} is an address; expected a path inside the data "
+                     "folder")
     if "://" in name:
         raise BadRow("web address", f"{key}: {name!r:.200} is a web address; download the file, and name it "
                      "by its path inside the data folder")
@@ -120,7 +123,8 @@ def _inside(names: _Names, key: str, name: str, inner: str) -> str:
     except (OSError, RuntimeError) as error:  # a name too long, a circle of links
         raise BadRow("not looked up", f"{key}: {name!r} cannot be looked up ({error})") from None
     if not path.startswith(os.path.join(root, "")):
-        raise BadRow("link", f"{key}: {name!r} is a link that leaves the data folder")
+        raise BadRow("link", f"{key}: {name!r} is a link that leaves the data folder; copy the files, or "
+                     "give the folder that holds both")
     return path.removeprefix(os.path.join(root, ""))
 
 

@@ -90,7 +90,7 @@ def _files(root: Path, log: Log | None) -> list[tuple[Path, str | None, str, Cal
     if any(path.is_file() for path in lists.values()):
         return [(path, split, "", _list_items) for split, path in lists.items() if path.is_file()]
     near = [path for pattern in ("*", "*/*", "*/*/*") for path in sorted(root.glob(pattern))
-            if path.suffix != ".json" and path.name.casefold().startswith("metadata.") and path.is_file()]
+            if path.name.casefold().startswith("metadata.") and path.is_file()]
     hint = f"; {near[0].relative_to(root)} is none of them" if near else ""
     raise UserError(f"{root}: no metadata.jsonl in this folder, and no metadata.csv{hint}; give the folder "
                     "that holds it, or make one with prepare_data.py")
@@ -103,7 +103,7 @@ def _refuse_other_formats(path: Path) -> None:
     for begin, what, remedy in OTHER_FORMATS:
         if head.lstrip(b" \t\r\n").startswith(begin):
             raise UserError(f"{path}: is {what}, expected JSON lines or CSV; {remedy}")
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or head.count(0) > len(head) / 4:
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or head[:64].count(0) > len(head[:64]) / 4:
         raise UserError(f"{path}: is text in UTF-16 or UTF-32, expected UTF-8; save it as UTF-8, "
                         "or convert it with iconv -f UTF-16 -t UTF-8")
     first = head.removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -181,8 +181,9 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, object]]:
                         raise UserError(f"{path}: {place} names no column that is known, got {names[:6]}, "
                                         f"expected a header such as image_file_name,audio_file_name,text")
                 elif len(cells) != len(names):
-                    yield place, BadRow("cells", f"has {len(cells)} cells, the header has {len(names)}; "
-                                        f"quote cells that hold {separator!r}")
+                    quote = f"; quote cells that hold {separator!r}" * (len(cells) > len(names))
+                    yield place, BadRow(
+                        "cells", f"has {len(cells)} cells, the header has {len(names)}{quote}")
                 else:
                     yield place, {name: cell for name, cell in zip(names, cells)
                                   if cell or KEY_OF.get(name.casefold()) == "text"}
