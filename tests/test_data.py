@@ -743,18 +743,24 @@ def test_a_cut_copy_of_a_shard_is_mended(tmp_path, models, encoded):
     assert same(before, everything(root, second))
 
 
-def test_what_a_killed_build_has_made_is_known_to_another(tmp_path, models, encoded, monkeypatch):
-    root, plain = folder(tmp_path / "data"), files.write_atomic
-    rows = [json.loads(line) for line in (root / "metadata.jsonl").read_text().splitlines()]
+def fail_at(names: tuple[str, ...], root: Path, models, cache: Path, monkeypatch) -> None:
+    """A build that can write no file whose name begins so."""
+    plain = files.write_atomic
 
     def full(path, content):
-        if path.name == "index.json":
+        if path.name.startswith(names):
             raise RunFailed("no space left")
         plain(path, content)
     monkeypatch.setattr(files, "write_atomic", full)
     with pytest.raises(RunFailed):
-        build(root, models, tmp_path / "cache")
+        build(root, models, cache)
     monkeypatch.setattr(files, "write_atomic", plain)
+
+
+def test_what_a_killed_build_has_made_is_known_to_another(tmp_path, models, encoded, monkeypatch):
+    root = folder(tmp_path / "data")
+    rows = [json.loads(line) for line in (root / "metadata.jsonl").read_text().splitlines()]
+    fail_at(("index.json",), root, models, tmp_path / "cache", monkeypatch)
     rows[5]["text"] = "another caption"
     manifest(root, rows)
     encoded.clear()
@@ -789,20 +795,12 @@ def test_other_models_or_settings_share_nothing(tmp_path, models, encoded):
 
 def test_a_killed_build_beside_another_cache_goes_on(tmp_path, models, encoded, monkeypatch):
     """Also where the other cache has gone in between: its shards are linked by then."""
-    root, plain = folder(tmp_path / "data", 14), files.write_atomic
+    root = folder(tmp_path / "data", 14)
     rows = [json.loads(line) for line in (root / "metadata.jsonl").read_text().splitlines()]
     manifest(root, rows[:3] + rows[9:11])
     first = build(root, models, tmp_path / "cache")
     manifest(root, rows)
-
-    def full(path, content):
-        if path.name.startswith("rows-00002") or path.name == "index.json":
-            raise RunFailed("no space left")
-        plain(path, content)
-    monkeypatch.setattr(files, "write_atomic", full)
-    with pytest.raises(RunFailed):
-        build(root, models, tmp_path / "cache")
-    monkeypatch.setattr(files, "write_atomic", plain)
+    fail_at(("rows-00002", "index.json"), root, models, tmp_path / "cache", monkeypatch)
     shutil.copytree(tmp_path / "cache", tmp_path / "without")
     shutil.rmtree(tmp_path / "without" / first.name)
     encoded.clear()
