@@ -37,18 +37,23 @@ from clap2diffusion.base.settings import Number, new_parser  # noqa: E402
 
 RUN, RESIDENT = "RUN", Path("/proc/self/clear_refs")
 TINY = ROOT / "assets/tiny/base", ROOT / "assets/tiny/clap"
+SHAPES = {  # channels of UNet and VAE, text width and heads, CLAP's width and depths
+    "sd15": ((320, 640, 1280, 1280), (128, 256, 512, 512), 768, 12, 128, [2, 2, 12, 2]),
+    "small": ((32, 32, 64, 64), (32, 32, 64, 64), 64, 2, 16, [1, 1, 1, 1])}
 FLAGS = {"steps": (Number(int, 3), "optimizer steps of each run"), "repeats": (Number(int, 1), "turns"),
          "batch_size": (Number(int, 1), "samples in a step"),
          "image_size": (Number(int, 64, 1024, multiple_of=64), "side of the pictures")}
 
 
 def bench_parser(doc: str, **defaults: int) -> argparse.ArgumentParser:
-    """A parser with --sd15 and --models, and with those of FLAGS that a default is given for."""
+    """A parser with --sd15, --small and --models, and with those of FLAGS that a default is given for."""
     parser = new_parser(doc)
     add = parser.add_argument
     add("--sd15", action="store_const", dest="size", const="sd15", default="tiny",
         help="SD 1.5's architecture with random weights")
-    add("--models", default="", help="where --sd15's models lie, or are made and kept ('' = made anew)")
+    add("--small", action="store_const", dest="size", const="small",
+        help="the same with few channels: shows that a benchmark runs, where assets/ is missing too")
+    add("--models", default="", help="where the random models lie, or are made and kept ('' = made anew)")
     for name, default in defaults.items():
         kind, text = FLAGS[name]
         add(f"--{name.replace('_', '-')}", type=kind, default=default, help=text)
@@ -69,40 +74,44 @@ def automain(parser: argparse.ArgumentParser):
 
 
 def models(args, place: Path) -> tuple[Path, Path]:
-    """Base model and CLAP: the default's, or for --sd15 those of --models, made there if missing."""
-    if args.size != "sd15":
+    """Base model and CLAP: the default's, or for --sd15 and --small those of --models, made if missing."""
+    if args.size == "tiny":
         return TINY
     folder = Path(args.models or place / "models")
-    if not (folder / "clap/preprocessor_config.json").exists():  # make_sd15 writes it last
-        make_sd15(folder)
+    if not (folder / "clap/preprocessor_config.json").exists():  # make_random writes it last
+        make_random(folder, args.size)
     return folder / "base", folder / "clap"
 
 
-def make_sd15(folder: Path) -> None:
-    """Stable Diffusion 1.5 and larger_clap in the shapes of their published configs, with random weights."""
+def make_random(folder: Path, size: str) -> None:
+    """Stable Diffusion 1.5 and larger_clap in the shapes of their published configs, with random weights;
+    or, `small`, with few channels."""
     import diffusers
     import transformers
     torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+    unet_channels, vae_channels, width, heads, clap_width, depths = SHAPES[size]
+    unet = diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=width, attention_head_dim=8,
+                                          block_out_channels=unet_channels)
     vae = diffusers.AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
+        block_out_channels=vae_channels, down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, sample_size=512)
     tokenizer = transformers.CLIPTokenizer(model_max_length=77)
     tokenizer = tokenizer.train_new_from_iterator(["a photo of a dog barking"], 400)
     text_encoder = transformers.CLIPTextModel(transformers.CLIPTextConfig(
-        vocab_size=49408, hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768,
+        vocab_size=49408, hidden_size=width, intermediate_size=4 * width, num_attention_heads=heads,
+        projection_dim=width,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id))
     scheduler = diffusers.PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                                         skip_prk_steps=True, steps_offset=1)
     diffusers.StableDiffusionPipeline(
         vae, text_encoder, tokenizer, unet, scheduler, safety_checker=None, feature_extractor=None,
         requires_safety_checker=False).save_pretrained(folder / "base")
-    audio = {"patch_embeds_hidden_size": 128, "hidden_size": 1024, "depths": [2, 2, 12, 2]}
+    audio = {"patch_embeds_hidden_size": clap_width, "hidden_size": 8 * clap_width, "depths": depths}
     transformers.ClapModel(transformers.ClapConfig(
         text_config={"num_hidden_layers": 1}, audio_config=audio)).save_pretrained(folder / "clap")
     transformers.ClapFeatureExtractor(
         truncation="rand_trunc", frequency_min=50, frequency_max=14000).save_pretrained(folder / "clap")
-    assert sum(p.numel() for p in unet.parameters()) == 859_520_964
+    assert size == "small" or sum(p.numel() for p in unet.parameters()) == 859_520_964
 
 
 def call(*command) -> None:

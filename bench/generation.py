@@ -13,13 +13,9 @@ from pathlib import Path
 import bench_tools as tools
 import torch
 
-import evaluate
 from clap2diffusion.base.device import DTYPES, pick_device
 from clap2diffusion.base.settings import GUIDANCE, Number
 from clap2diffusion.base.statistics import interval
-from clap2diffusion.judging.clips import Clips, find_data
-from clap2diffusion.judging.evaluation import Judged, Subject
-from clap2diffusion.judging.judge import Judge
 from clap2diffusion.pictures.generation import draw
 from clap2diffusion.pictures.pipelines import load_stock_pipeline
 
@@ -64,6 +60,10 @@ def time_pictures(args, place: Path) -> list[dict]:
 
 
 def judge_few_steps(args, place: Path) -> list[dict]:
+    import evaluate  # here: its page needs matplotlib, and the times do not
+    from clap2diffusion.judging.clips import Clips, find_data
+    from clap2diffusion.judging.evaluation import Judged, Subject
+    from clap2diffusion.judging.judge import Judge
     rows, judged = [], None
     for scheduler, steps in QUALITY:
         flags = ["--run", args.run, "--clips", args.clips, "--steps", steps, "--scheduler", scheduler]

@@ -1,7 +1,7 @@
 """Step time, use of the device and memory of all three stages, by batch.
 
     python bench/gpu.py --models /tmp/sd15        # writes bench/results/gpu-DEVICE.{json,md}
-    python bench/gpu.py --smoke                   # the small models, two batches: shows that it runs
+    python bench/gpu.py --small --image-size 64 --batches 2 1    # few channels: shows that it runs
 
 gpu.sh runs it on SD 1.5's architecture at 512 px. The real scripts run as in step.py. Beside the script's and
 the bare step's time stand: the bare step by itself, with nothing between; utilisation, which is its
@@ -26,11 +26,12 @@ CUDA = torch.cuda.is_available()
 COLUMNS = ("script, s a step", "bare step alone, s", "ratio to bare", "flops", "utilisation",
            "peak memory, MB")
 PARSER = tools.bench_parser(__doc__, image_size=512)
-PARSER.set_defaults(block=2, pairs=5, device="auto")
+PARSER.set_defaults(size="sd15", device="auto")
 add = PARSER.add_argument
-add("--smoke", action="store_true", help="the small models at 64 px, batches 1 and 2")
+add("--pairs", type=Number(int, 5), default=5, help="pairs of blocks that count")
+add("--block", type=Number(int, 1), default=2, help="steps in a block")
 add("--stages", nargs="+", type=Number(int, 1, 3), default=[1, 2, 3], help="stages to time")
-add("--batches", nargs="+", type=Number(int, 1), default=[1, 8, 16, 4, 32, 64, 2], help="in this order")
+add("--batches", nargs="+", type=Number(int, 1), default=[8, 16, 1, 4, 32, 64, 2], help="in this order")
 add("--seconds", type=Number(float, 1), default=200.0, help="start nothing new after this long")
 
 
@@ -60,9 +61,6 @@ def measure(stage: int, flags: list[str], args, peak: float, flops: int = 0) -> 
 
 @tools.automain(PARSER)
 def main(args, place: Path) -> None:
-    if args.smoke:
-        args.batches, args.image_size, args.pairs = [1, 2], 64, 2
-    args.size = "smoke" if args.smoke else "sd15"
     began, peak, rows, too_large = time.monotonic(), peak_flops(), [], {}
     about = (f"{args.image_size} px, BF16, frozen UNet in BF16, LoRA rank 8; a BF16 matrix product reaches "
              f"{peak / 1e12:.1f} TFLOP/s; median [lowest, highest]")
@@ -70,9 +68,9 @@ def main(args, place: Path) -> None:
     flags = [*tools.stage_flags(world, tools.models(args, place), args.image_size), "--frozen-dtype", "bf16"]
     make_stages(3, [*flags, "--run", str(place / "run"), "--batch-size", "1"])
     plans = [(stage, batch, []) for batch in args.batches for stage in args.stages]
-    if CUDA:  # beside the second batch: compiling takes minutes, and later ones may not be reached
-        batch = args.batches[min(1, len(args.batches) - 1)]
-        plans.insert(plans.index((2, batch, [])) + 1, (2, batch, ["--channels-last", "--compile"]))
+    if CUDA and 2 in args.stages:  # compiling takes minutes: after the three most telling batches
+        plans.insert(3 * len(args.stages), (2, args.batches[0], ["--channels-last", "--compile"]))
+    flops = {}  # by stage and batch: a compiled UNet's operations cannot be counted
     for stage, batch, more in plans:
         if batch >= too_large.get(stage, batch + 1) or time.monotonic() - began > args.seconds:
             continue
@@ -80,8 +78,9 @@ def main(args, place: Path) -> None:
         own = [*flags, *more, "--run", str(run), "--batch-size", str(batch)]
         own += ["--init-from", str(place / f"run/stage{stage - 1}")] if stage > 1 else []
         row = {"stage": stage, "batch": batch, "setting": " ".join(more) or "bf16"}
-        try:  # a compiled UNet's operations cannot be counted; they are those of the row before
-            row |= measure(stage, own, args, peak, rows[-1]["flops"] if more else 0)
+        try:
+            row |= measure(stage, own, args, peak, flops.get((stage, batch), 0))
+            flops[stage, batch] = row["flops"]
         except torch.OutOfMemoryError:
             too_large[stage] = batch  # the smallest one
             row |= dict.fromkeys(COLUMNS, "") | {"ratio to bare": "out of memory"}

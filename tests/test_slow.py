@@ -61,9 +61,9 @@ def test_benchmarks_run_small(name, tables):
 @pytest.fixture(scope="module")
 def sd15(tmp_path_factory) -> Path:
     sys.path.insert(0, str(ROOT / "bench"))
-    from bench_tools import make_sd15
+    from bench_tools import make_random
     place = tmp_path_factory.mktemp("sd15")
-    make_sd15(place)
+    make_random(place, "sd15")
     return place
 
 

@@ -4,9 +4,6 @@ import argparse
 import io
 from pathlib import Path
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
 from clap2diffusion.base import files, processes
 from clap2diffusion.base.exits import RunFailed
 from clap2diffusion.base.statistics import interval, show_interval
@@ -97,9 +94,10 @@ def conclude(folder: Path, progress, tanh_gate: float, validation: dict, n_val: 
     return found
 
 
-def draw_sweep(axes: Axes, stage: dict, colours: dict[str, str]) -> None:
-    """Draw what is known of a stage 3, by the keys of its result.json: loss with each sound before and after,
-    with 95 % interval, the window and the learned gate. colours: of the sounds and of the "learned" line."""
+def draw_sweep(axes, stage: dict, colours: dict[str, str]) -> None:
+    """Draw what is known of a stage 3 into matplotlib's `axes`, by the keys of its result.json: loss with
+    each sound before and after, with 95 % interval, the window and the learned gate. colours: of the sounds
+    and of the "learned" line."""
     if "window" in stage:
         axes.axvspan(*stage["window"], color=colours["silence"], alpha=0.2, linewidth=0, label="window")
     for name, title in NAMES.items():
@@ -118,6 +116,7 @@ def draw_sweep(axes: Axes, stage: dict, colours: dict[str, str]) -> None:
 
 def _plot(stage: dict) -> bytes:
     """The PNG of both sweeps."""
+    from matplotlib.figure import Figure  # here: the other stages do without matplotlib
     figure, content = Figure(figsize=(6, 4.5), dpi=120, layout="constrained"), io.BytesIO()
     axes = figure.add_subplot(title="Which sound lowers the loss, at what gate")
     draw_sweep(axes, stage, COLOURS)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from clap2diffusion.base import files, processes, tensor_file
@@ -32,7 +31,9 @@ class Logger:
         if self._jsonl.tell() and not (folder / "log.jsonl").read_bytes().endswith(b"\n"):
             self._jsonl.write("\n")  # a full disk cut the last line; the next one must not be lost with it
         place = Path(log_dir) / folder.parent.name / folder.name if log_dir else folder / "tensorboard"
-        self._board = SummaryWriter(place, purge_step=purge_step)
+        self._board = _open_board(place, purge_step)
+        if self._board is None:
+            self.text("no TensorBoard curves: the package tensorboard is not installed; log.jsonl has them")
 
     def text(self, line: str) -> None:
         if processes.first():
@@ -50,15 +51,25 @@ class Logger:
             named |= {f"{name}_{q}": one for q, one in enumerate(named.pop(name), 1)}
         for name, value in named.items():
             for suffix, one in zip(("", "_low", "_high"), value if isinstance(value, list) else [value]):
-                if one is not None:
+                if one is not None and self._board:
                     self._board.add_scalar(name + suffix, one, step)
 
     def image(self, step: int, name: str, image) -> None:
-        self._board.add_image(name, np.asarray(image), step, dataformats="HWC")
+        if self._board:
+            self._board.add_image(name, np.asarray(image), step, dataformats="HWC")
 
     def close(self) -> None:
-        for file in (self._text, self._jsonl, self._board):
+        for file in filter(None, (self._text, self._jsonl, self._board)):
             file.close()
+
+
+def _open_board(place: Path, purge_step: int):
+    """TensorBoard's writer; None where the package is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(place, purge_step=purge_step)
 
 
 class Progress:
