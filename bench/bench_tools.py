@@ -185,8 +185,11 @@ def watched(place: Path, *command, steps: int = 0) -> dict:
     return seen
 
 
-def watched_turns(place: Path, repeats: int, commands: dict, steps: int = 0) -> dict[object, dict[str, list]]:
-    """What watched() gives of each command, turn by turn; RUN in a command becomes a folder of its own."""
+def watched_turns(place: Path, repeats: int, commands: dict, steps: int = 0,
+                  tell=lambda found: None) -> dict[object, dict[str, list]]:
+    """What watched() gives of each command, turn by turn; RUN in a command becomes a folder of its own.
+    tell(found) is called with what there is, should the time run out: after each run of the first turn, and
+    after each later turn."""
     found = {name: defaultdict(list) for name in commands}
     for turn in range(repeats):
         for name in tqdm(commands, **bar_options(desc=f"turn {turn + 1} of {repeats}", unit="run")):
@@ -194,6 +197,8 @@ def watched_turns(place: Path, repeats: int, commands: dict, steps: int = 0) -> 
             command = [run if token == RUN else token for token in commands[name]]
             for key, value in watched(place, *command, steps=steps).items():
                 found[name][key].append(value)
+            if turn == 0 or name == [*commands][-1]:
+                tell({name: seen for name, seen in found.items() if seen})
     return found
 
 
@@ -233,8 +238,8 @@ def show(value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def write_results(name: str, about: str, rows: list[dict], device: str = "auto") -> None:
-    """Write results/NAME-DEVICE.json and .md, a table with the command above it, and print the latter."""
+def write_results(name: str, about: str, rows: list[dict], device: str = "auto", done: bool = True) -> None:
+    """Write results/NAME-DEVICE.json and .md, a table with the command above it; print the latter if done."""
     machine = f"CPU, {torch.get_num_threads()} threads"
     if device != "cpu" and torch.cuda.is_available():
         machine = torch.cuda.get_device_name()
@@ -247,7 +252,8 @@ def write_results(name: str, about: str, rows: list[dict], device: str = "auto")
     facts = {"command": command, "device": machine, "torch": torch.__version__, "about": about, "rows": rows}
     write_json(path.with_suffix(".json"), facts)
     write_atomic(path.with_suffix(".md"), ("\n".join(lines) + "\n").encode())
-    print("\n".join(lines), flush=True)
+    if done:
+        print("\n".join(lines), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ the bare step's time stand: the bare step by itself, with nothing between; utili
 floating-point operations (torch's own count) over that time over what a BF16 matrix product of 8192 x 8192
 reaches on the same device; and the peak of reserved memory. A batch that does not fit ends its stage."""
 
-import contextlib
 import gc
 import statistics
 import time
@@ -32,6 +31,7 @@ add("--pairs", type=Number(int, 5), default=5, help="pairs of blocks that count"
 add("--block", type=Number(int, 1), default=2, help="steps in a block")
 add("--stages", nargs="+", type=Number(int, 1, 3), default=[1, 2, 3], help="stages to time")
 add("--batches", nargs="+", type=Number(int, 1), default=[8, 16, 1, 4, 32, 64, 2], help="in this order")
+add("--compile", action="store_true", help="with --compile --channels-last, whose first step takes minutes")
 add("--seconds", type=Number(float, 1), default=200.0, help="start nothing new after this long")
 
 
@@ -42,7 +42,7 @@ def peak_flops() -> float:
     return 2 * side ** 3 / statistics.median(*tools.in_turns(20, lambda turn: a @ b))
 
 
-def measure(stage: int, flags: list[str], args, peak: float, flops: int = 0) -> dict:
+def measure(stage: int, flags: list[str], args, peak: float) -> dict:
     """One stage with one batch: its cells of COLUMNS. Raises torch.OutOfMemoryError."""
     gc.collect()
     if CUDA:
@@ -51,11 +51,13 @@ def measure(stage: int, flags: list[str], args, peak: float, flops: int = 0) -> 
     row, _, times = time_stage(stage, flags, args)
     memory = round(torch.cuda.max_memory_reserved() / 2 ** 20) if CUDA else ""
     alone_s = statistics.median(*tools.in_turns(5, lambda turn: times.bare_step()))
-    if not flops:
+    flops = share = ""  # a compiled UNet's operations cannot be counted
+    if not args.compile:
         with FlopCounterMode(display=False) as counter:
             times.bare_step()
         flops = counter.get_total_flops()
-    cells = row["script, s a step"], alone_s, row["ratio"], flops, flops / alone_s / peak, memory
+        share = flops / alone_s / peak
+    cells = row["script, s a step"], alone_s, row["ratio"], flops, share, memory
     return dict(zip(COLUMNS, cells, strict=True))
 
 
@@ -67,27 +69,24 @@ def main(args, place: Path) -> None:
     world = tools.make_world(place / "world", max(16, *args.batches))
     flags = [*tools.stage_flags(world, tools.models(args, place), args.image_size), "--frozen-dtype", "bf16"]
     make_stages(3, [*flags, "--run", str(place / "run"), "--batch-size", "1"])
-    plans = [(stage, batch, []) for batch in args.batches for stage in args.stages]
-    if CUDA and 2 in args.stages:  # compiling takes minutes: after the three most telling batches
-        plans.insert(3 * len(args.stages), (2, args.batches[0], ["--channels-last", "--compile"]))
-    flops = {}  # by stage and batch: a compiled UNet's operations cannot be counted
-    for stage, batch, more in plans:
+    plans = [(stage, batch) for batch in args.batches for stage in args.stages]
+    more, name = ["--channels-last", "--compile"] if args.compile else [], f"gpu-{args.size}"
+    name += "-compile" if args.compile else ""
+    for stage, batch in plans:
         if batch >= too_large.get(stage, batch + 1) or time.monotonic() - began > args.seconds:
             continue
-        run = place / f"run-{stage}-{batch}-{len(more)}"
+        run = place / f"run-{stage}-{batch}"
         own = [*flags, *more, "--run", str(run), "--batch-size", str(batch)]
         own += ["--init-from", str(place / f"run/stage{stage - 1}")] if stage > 1 else []
         row = {"stage": stage, "batch": batch, "setting": " ".join(more) or "bf16"}
         try:
-            row |= measure(stage, own, args, peak, flops.get((stage, batch), 0))
-            flops[stage, batch] = row["flops"]
+            row |= measure(stage, own, args, peak)
         except torch.OutOfMemoryError:
             too_large[stage] = batch  # the smallest one
             row |= dict.fromkeys(COLUMNS, "") | {"ratio to bare": "out of memory"}
         rows.append(row)
-        with contextlib.redirect_stdout(None):
-            tools.write_results(f"gpu-{args.size}", about, rows)  # what is there, should the time run out
+        tools.write_results(name, about, rows, done=False)
     if not rows:
         raise RunFailed(f"bench/gpu.py --seconds {args.seconds:g}: nothing was timed, making the models and "
                         "features took longer; give more")
-    tools.write_results(f"gpu-{args.size}", about, rows)
+    tools.write_results(name, about, rows)

@@ -37,7 +37,7 @@ else
         exit 2
     }
     models="--sd15 --models $work/models --image-size 512"
-    gpu="--seconds 180" steps=8 clips=128 draw="--batch-size 4 --repeats 2"
+    gpu="--seconds 180" steps=6 clips=128 draw="--batch-size 4 --repeats 2"
 fi
 small=("nf4, 8-bit, checkpointing all")
 if [ -n "$(absent bitsandbytes)" ]; then
@@ -47,8 +47,11 @@ fi
 part bench/gpu.py $models $gpu
 part bench/memory.py $models --steps $steps --batch-size 1 --only plain "frozen bf16" "${small[@]}" \
     "bf16, checkpointing all" "bf16, checkpointing down"
-part bench/peer.py $models --steps $steps --batch-size 4 --repeats 1
+part bench/peer.py $models --steps $steps --batch-size 4 --repeats 1 --precisions bf16 fp32
 part bench/memory.py $models --steps $steps --batch-size 2 --only plain "frozen bf16"
 part bench/cache.py $models --only build --clips $clips --repeats 1
 part bench/generation.py $models --only time --precision bf16 $draw
+if [ "${1-}" != "--smoke" ]; then  # last: compiling took over five minutes on the card's machine
+    part bench/gpu.py $models $gpu --compile --stages 2 --batches 8
+fi
 exit "$failed"

@@ -36,38 +36,45 @@ PARSER.add_argument("--precision", choices=("bf16", "fp32"), default="bf16",
                     help="autocast; settings that need bf16 run in it always")
 
 
+def compare(name: str, seen: dict, plain: dict, real: bool) -> dict:
+    """A row of the table: a setting's runs against the plain ones."""
+    change = ""
+    if name != "plain" and not real:  # random weights have nothing to lose
+        # of the last step's weights in the first turn; the best ones are validated after them
+        last = zip(seen["losses"][0][-2], plain["losses"][0][-2], strict=True)
+        change = [round(value, 6) for value in interval([a - b for a, b in last])]
+    return {"setting": name, "peak memory, MB": round(max(seen["peak_mb"])),
+            "of plain": round(tools.ratios(seen["peak_mb"], plain["peak_mb"])[2], 2),
+            "s a step": tools.spread(seen["step_s"]),
+            "of plain's": tools.ratios(seen["step_s"], plain["step_s"]), "loss - plain's": change}
+
+
 @tools.automain(PARSER)
 def main(args, place: Path) -> None:
     if "accumulation 2" in args.only and args.batch_size % 2:
         if args.batch_size > 1:
             raise UserError(f"--batch-size {args.batch_size}: accumulation 2 halves it; give an even number")
         args.only.remove("accumulation 2")
-    if "plain" not in args.only:
-        raise UserError("--only: plain is missing, and everything is compared with it; add it")
-    real = args.size == "sd15"
+    if args.only[0] != "plain":
+        raise UserError("--only: everything is compared with plain; name it first")
+    real = args.size != "tiny"
     world = tools.make_world(place / "world", 8 * args.batch_size, 2 if real else 50)
     flags = tools.stage_flags(world, tools.models(args, place), args.image_size)
     flags += ["--val-batch-size", "4", "--log-every", "1"]
     tools.call("train_stage1.py", *flags, "--run", place, "--steps", 1, "--batch-size", 1,
                "--precision", args.precision)
-    commands, rows = {}, []
+    commands = {}
     for name in args.only:
         scale = 2 if "batch x 2" in name else 0.5 if "accumulation" in name else 1
         precision = "bf16" if "--frozen-dtype" in SETTINGS[name] else args.precision
         commands[name] = ["train_stage2.py", *flags, "--init-from", place / "stage1", "--run", tools.RUN,
                           "--steps", args.steps, "--precision", precision, "--learning-rate", 3e-4,
                           "--batch-size", int(args.batch_size * scale), *SETTINGS[name]]
-    found = tools.watched_turns(place, args.repeats, commands, args.steps * real)
-    for name, seen in found.items():
-        plain, change = found["plain"], ""
-        if name != "plain" and not real:  # random weights have nothing to lose
-            # of the last step's weights in the first turn; the best ones are validated after them
-            last = zip(seen["losses"][0][-2], plain["losses"][0][-2], strict=True)
-            change = [round(value, 6) for value in interval([a - b for a, b in last])]
-        rows.append({"setting": name, "peak memory, MB": round(max(seen["peak_mb"])),
-                     "of plain": round(tools.ratios(seen["peak_mb"], plain["peak_mb"])[2], 2),
-                     "s a step": tools.spread(seen["step_s"]),
-                     "of plain's": tools.ratios(seen["step_s"], plain["step_s"]), "loss - plain's": change})
     about = (f"stage 2, batch {args.batch_size}, {args.image_size} px, {args.precision}, {args.steps} steps, "
              f"runs of each: {args.repeats}, in turns; median [lowest, highest]")
-    tools.write_results(f"memory-{args.size}-{args.image_size}-{args.batch_size}", about, rows)
+
+    def write(found: dict, done: bool = False) -> None:
+        rows = [compare(name, seen, found["plain"], real) for name, seen in found.items()]
+        tools.write_results(f"memory-{args.size}-{args.image_size}-{args.batch_size}", about, rows, done=done)
+
+    write(tools.watched_turns(place, args.repeats, commands, args.steps * real, write), done=True)

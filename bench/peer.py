@@ -140,13 +140,16 @@ def main(args, place: Path) -> None:
                 "--resolution", args.image_size, "--train_batch_size", args.batch_size, "--rank", 8, "--seed",
                 0, "--max_train_steps", args.steps, "--checkpointing_steps", 100000, "--mixed_precision",
                 "no" if precision == "fp32" else "bf16"]
-    found = tools.watched_turns(place, args.repeats, commands, args.steps)
-    rows = [{"what": f"{name}, {precision}", "s a step": tools.spread(seen["step_s"]),
-             **{f"ours in {one} is faster by": tools.ratios(seen["step_s"], found["ours", one]["step_s"])
-                for one in args.precisions},
-             "peak memory, MB": round(max(seen["peak_mb"])),
-             "first step done after, s": tools.spread(seen["first_s"])}
-            for (name, precision), seen in found.items()]
     about = (f"batch {args.batch_size}, {args.image_size} px, LoRA rank 8, {args.steps} steps, "
              f"{args.repeats} turns; median [lowest, highest]")
-    tools.write_results(f"peer-{args.size}", about, rows)
+
+    def write(found: dict, done: bool = False) -> None:
+        rows = [{"what": f"{name}, {precision}", "s a step": tools.spread(seen["step_s"]),
+                 **{f"ours in {one} is faster by": tools.ratios(seen["step_s"], found["ours", one]["step_s"])
+                    if ("ours", one) in found else "" for one in args.precisions},
+                 "peak memory, MB": round(max(seen["peak_mb"])),
+                 "first step done after, s": tools.spread(seen["first_s"])}
+                for (name, precision), seen in found.items()]
+        tools.write_results(f"peer-{args.size}", about, rows, done=done)
+
+    write(tools.watched_turns(place, args.repeats, commands, args.steps, write), done=True)
