@@ -20,10 +20,11 @@ import pytest
 import soundfile as sf
 from conftest import ok, script
 from faults import Case, check, pattern
-from PIL import Image, ImageCms, PngImagePlugin
+from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin
 
 from clap2diffusion.base.exits import Stopped
 from clap2diffusion.dataset.checking import look_at
+from clap2diffusion.dataset.containers import _changed_page, _crc, _flac_frame
 from clap2diffusion.dataset.decoding import (
     BadFile,
     decode_audio,
@@ -195,7 +196,7 @@ def reads_ten_seconds(d: Path, _) -> None:
         load_waveform(d / "data/audio/a.wav", RATE, 10.0)
     finally:
         sf.SoundFile.read = read
-    assert sum(frames) <= 10 * 8000 + 1
+    assert sum(frames) <= 10 * 8000 + 1024  # and the last, which show that it is whole
 
 
 def truncated(share: float, **options):
@@ -339,6 +340,75 @@ def plays_to_its_last_page(d: Path, _) -> None:
     plays("a.ogg", samples / RATE)(d, _)
 
 
+def gsm_of_odd_size(content: bytes) -> bytes:
+    """A WAV of GSM without its last block, and padded to an even size."""
+    data = content.index(b"data") + 4
+    size = int.from_bytes(content[data:data + 4], "little") - 65
+    assert size % 2
+    return content[:data] + size.to_bytes(4, "little") + content[data + 4:data + 4 + size] + b"\0"
+
+
+def ends_without_noise(d: Path, _) -> None:
+    plays("a.wav", 12 - 320 / 8000)(d, _)
+    [clip] = load_waveform(d / "data/audio/a.wav", 8000, 100.0)
+    assert len(clip) == 12 * 8000 - 320
+
+
+def frames_of_flac(first: int, last: int):
+    """The header of a FLAC, and its frames from `first` up to `last`, as ffmpeg -c copy cuts it."""
+    def change(content: bytes) -> bytes:
+        block_size = int.from_bytes(content[10:12], "big")
+        found = ((_flac_frame(content[at:at + 16], block_size), at) for at in range(len(content)))
+        places = {frame[0] // block_size: at for frame, at in found if frame}
+        return content[:places[0]] + content[places[first]:places[last]]
+    return change
+
+
+def before_its_start(seconds: float, rate: int = 48000):
+    """An Opus or Vorbis whose first seconds lie before time 0, as ffmpeg -ss and -c copy write it. rate: of
+    its times."""
+    def change(content: bytes) -> bytes:
+        pages = [b"OggS\0" + page for page in bytes(content).split(b"OggS\0")[1:]]
+        for i, page in enumerate(pages):
+            if until := int.from_bytes(page[6:14], "little"):
+                time = until - round(seconds * rate)
+                pages[i] = _changed_page(page, 6, time.to_bytes(8, "little", signed=True))
+        return b"".join(pages)
+    return change
+
+
+def late_last_page(content: bytes) -> bytes:
+    """An Opus whose last page says 0.1 s more than it has, as where times are of a clock."""
+    at = content.rindex(b"OggS\0")
+    until = int.from_bytes(content[at + 6:at + 14], "little") + 4800
+    return content[:at] + _changed_page(bytes(content[at:]), 6, until.to_bytes(8, "little"))
+
+
+def in_full_pages(content: bytes) -> bytes:
+    """An Opus in pages of 255 parts, so that packets begin in one page and end in the next, as ffmpeg writes
+    high bit rates."""
+    pages = [b"OggS\0" + page for page in bytes(content).split(b"OggS\0")[1:]]
+    sizes = b"".join(page[27:27 + page[26]] for page in pages[2:])
+    body = b"".join(page[27 + page[26]:] for page in pages[2:])
+    made, time, whole = pages[:2], 0, True
+    for at in range(0, len(sizes), 255):
+        part = sizes[at:at + 255]
+        time = min(time + 960 * sum(size < 255 for size in part), int.from_bytes(pages[-1][6:14], "little"))
+        flags = (not whole) | 4 * (at + 255 >= len(sizes))
+        page = (b"OggS\0" + bytes([flags]) + time.to_bytes(8, "little") + pages[0][14:18]
+                + len(made).to_bytes(4, "little") + bytes(4) + bytes([len(part)]) + part)
+        made.append(_changed_page(page + body[:sum(part)], 5, bytes([flags])))
+        body, whole = body[sum(part):], part[-1] < 255
+    assert sum(page[5] & 1 for page in made) > 1
+    return b"".join(made)
+
+
+def joined_flac(content: bytes) -> bytes:
+    """The frames of a FLAC twice behind one header, as ffmpeg joins two without encoding them again."""
+    header = len(frames_of_flac(0, 0)(content))
+    return content + content[header:]
+
+
 def mp3_in_wav(path: Path) -> None:
     sound = without_first_frame(encoded(44100, format="MP3", bitrate_mode="VARIABLE"))
     form = struct.pack("<4sIHHIIHHHHIHHH", b"fmt ", 30, 0x55, 1, 44100, 16000, 1, 0, 12, 1, 2, 418, 1, 1105)
@@ -376,6 +446,52 @@ def lasts(name: str, seconds: float):
             assert abs(sound.frames / sound.samplerate - seconds) < 0.1
         assert abs(len(load_waveform(d / "data/audio" / name, RATE, 100.0)[0]) / RATE - seconds) < 0.1
     return check_length
+
+
+def in_pcm(frame: bytes):
+    """Frames that begin like this, 1536 bytes each, as the samples of a WAV."""
+    body = np.random.default_rng(0).bytes(1536 - len(frame))
+    samples = np.frombuffer((frame + body) * 40, "<i2").reshape(-1, 2)
+    return lambda path: sf.write(path, samples, 48000, format="WAV")
+
+
+def voc(*sizes: int):
+    """The melody in 8 bits at 8 kHz, in blocks of these sizes, and the rest in a last one."""
+    def make(path: Path) -> None:
+        sound = np.rint(melody(8000) * 127 + 128).astype(np.uint8).tobytes()
+        parts = [b"Creative Voice File\x1a\x1a\0\x0a\1\x29\x11"]
+        for kind, size in zip((b"\1", *[b"\2"] * len(sizes)), (*sizes, len(sound))):
+            head = b"\x83\0" if kind == b"\1" else b""
+            part, sound = head + sound[:size], sound[size:]
+            parts.append(kind + len(part).to_bytes(3, "little") + part)
+        path.write_bytes(b"".join(parts) + b"\0")
+    return make
+
+
+def w64_as_ffmpeg_writes(path: Path) -> None:
+    """Float samples in a W64 that names their codec at the end of an extensible format."""
+    tail, sound = bytes.fromhex("f3acd3118cd100c04f8edb8a"), melody().astype("<f4").tobytes()
+    form = struct.pack("<HHIIHHHHIH14s", 0xFFFE, 1, RATE, 4 * RATE, 4, 32, 22, 32, 4, 3,
+                       bytes.fromhex("000000001000800000aa00389b71"))
+    parts = b"wave" + tail + b"".join(name + tail + struct.pack("<Q", 24 + len(part)) + part
+                                      for name, part in ((b"fmt ", form), (b"data", sound)))
+    riff = bytes.fromhex("726966662e91cf11a5d628db04c10000")
+    path.write_bytes(riff + struct.pack("<Q", 24 + len(parts)) + parts)
+
+
+def no_opus_rate(content: bytearray) -> bytearray:
+    """Ogg Opus that does not say at which rate it was recorded, with a right checksum."""
+    at = content.index(b"OpusHead") + 12
+    content[at:at + 4], content[22:26] = bytes(4), bytes(4)
+    page = content[:27 + content[26] + sum(content[27:27 + content[26]])]
+    content[22:26] = _crc(bytes(page), 0x04C1_1DB7, 32).to_bytes(4, "little")
+    return content
+
+
+def has_all_tones_of_opus(d: Path, _) -> None:
+    with open_audio(d / "data/audio/a.opus") as sound:
+        assert sound.samplerate == 48000
+    plays("a.opus")(d, _)
 
 
 def foreign(start: bytes):
@@ -427,6 +543,23 @@ SOUNDS = [
     Case("a three-hour file", sound("a.wav", three_hours), 0, "silent: 1", reads_ten_seconds),
     Case("GSM in a WAV, which cannot be sought",
          sound("a.wav", as_bytes(rate=8000, format="WAV", subtype="GSM610")), 0, USED, plays("a.wav")),
+    Case("GSM in a WAV whose size is odd",
+         sound("a.wav", as_bytes(gsm_of_odd_size, rate=8000, format="WAV", subtype="GSM610")), 0, USED,
+         ends_without_noise),
+    Case("FLAC cut out of a longer one without encoding it again",
+         sound("a.flac", as_bytes(frames_of_flac(4, 40), format="FLAC")), 0,
+         "its header says 192000 samples, its frames hold 147456; used up to there",
+         plays("a.flac", 9.216, TONES[2:])),
+    Case("the first seconds of a FLAC, not encoded again",
+         sound("a.flac", as_bytes(frames_of_flac(0, 36), format="FLAC")), 0,
+         "its header says 192000 samples, its frames hold 147456; used up to there", plays("a.flac", 9.216)),
+    *(Case(f"an Opus whose first {0.5 * n} s lie before its time 0, cut without encoding it again",
+           sound("a.opus", as_bytes(before_its_start(0.5 * n), rate=48000, format="OGG", subtype="OPUS")), 0,
+           f"its first {0.5 * n:.2f} s lie before its time 0", plays("a.opus", 12 - 0.5 * n, TONES[n:]))
+      for n in (1, 3)),
+    Case("a FLAC cut within its header", sound("a.flac", as_bytes(lambda c: c[:60], format="FLAC")), 2,
+         "sound a.flac: not a sound that libsndfile reads (Error : unknown error in flac decoder.); if it "
+         "plays elsewhere"),
     Case("FLAC behind an ID3v2 tag", sound("a.flac", as_bytes(behind_id3, format="FLAC")), 0, USED,
          plays("a.flac")),
     Case("MP3 of variable rate without its length", sound("a.mp3", in_two_parts("loud")), 0, USED,
@@ -449,10 +582,23 @@ SOUNDS = [
     Case("MP4 as sound", sound("a.m4a", foreign(b"\0\0\0 ftypM4A ")), 2,
          "sound a.m4a: MP4 or M4A, which libsndfile does not read; convert it: ffmpeg -i *"),
     Case("a web page as sound", sound("a.mp3", foreign(b"<!DOCTYPE html>")), 2,
-         "sound a.mp3: a web page, not a sound; download it again"),
+         "sound a.mp3: a web page; download it again"),
 ]
 # Of the same kinds, in other containers. One process serves for all.
 OTHER_SOUNDS = [
+    Case("a Vorbis whose first 0.5 s lie before its time 0, cut without encoding it again",
+         sound("a.ogg", as_bytes(before_its_start(0.5, RATE), format="OGG", subtype="VORBIS")), 0,
+         "its first 0.5* s lie before its time 0", plays("a.ogg", 11.5, TONES[1:])),
+    Case("an Opus whose packets go over the ends of its pages",
+         sound("a.opus", as_bytes(in_full_pages, rate=48000, format="OGG", subtype="OPUS",
+                                  compression_level=0.0)), 0, USED, plays("a.opus")),
+    Case("an Opus with times of a clock, as browsers record",
+         sound("a.opus", as_bytes(late_last_page, rate=48000, format="OGG", subtype="OPUS")), 2,
+         "truncated, or the times in it are wrong: fewer than its * samples can be read; if it plays "
+         "elsewhere convert it: ffmpeg -i a.opus a.flac"),
+    Case("two FLACs joined without encoding them again",
+         sound("a.flac", as_bytes(joined_flac, format="FLAC")), 0,
+         "a second file begins behind its sound; it is not used", plays("a.flac")),
     Case("an MP3 beside its macOS sidecar", sound("a.mp3", beside_a_sidecar), 0, USED, plays("a.mp3")),
     Case("little-endian AU", sound("a.au", foreign(b"\0ds.")), 2,
          "little-endian AU, which libsndfile does not read"),
@@ -540,7 +686,54 @@ OTHER_SOUNDS = [
       for name, start in (("WebM or Matroska", b"\x1aE\xdf\xa3"), ("Windows Media", b"0&\xb2u\x8ef\xcf\x11"),
                           ("AMR", b"#!AMR\n"), ("AAC", b"\xff\xf1\x50\x80"), ("WavPack", b"wvpk"))),
     Case("a pointer of Git LFS", sound("a.wav", foreign(b"version https://git-lfs.github.com/spec/v1")), 2,
-         "a pointer of Git LFS, not the sound itself; run git lfs pull"),
+         "a pointer of Git LFS; run git lfs pull"),
+    *(Case(f"{name} in a WAV, as if it were samples", sound("a.wav", in_pcm(frame)), 2,
+           "coded surround sound (AC-3 or DTS), which libsndfile takes for noise; convert it: ffmpeg")
+      for name, frame in (("AC-3", b"\x0b\x77"), ("AC-3 from a digital cable", b"\x72\xf8\x1f\x4e"),
+                          ("DTS", b"\x7f\xfe\x80\x01\xfc"), ("DTS of a CD", b"\xff\x1f\0\xe8\xf1\x07"))),
+    Case("a WAV that has AC-3's mark by chance",
+         sound("a.wav", as_bytes(lambda c: c[:44] + b"\x0b\x77" + c[46:], format="WAV")), 0, USED,
+         plays("a.wav")),
+    Case("two FLACs in one file", sound("a.flac", as_bytes(lambda c: c + c, format="FLAC")), 0,
+         "a second file begins behind its sound; it is not used", plays("a.flac")),
+    Case("two FLACs in one file, the first piped",
+         sound("a.flac", as_bytes(
+             lambda c: no_flac_length(c) + encoded(sound=melody()[:3 * RATE], format="FLAC"), format="FLAC")),
+         0, "a second file begins behind its sound; it is not used", plays("a.flac")),
+    Case("two AUs in one file", sound("a.au", as_bytes(lambda c: c + c, format="AU")), 0,
+         "its header says 384000 bytes of sound; the 384024 behind them are not used", plays("a.au")),
+    Case("VOC of one block", sound("a.voc", voc()), 0, USED, plays("a.voc")),
+    Case("VOC of several blocks", sound("a.voc", voc(3000, 3000)), 2,
+         "a VOC of several blocks, which libsndfile reads wrongly; convert it: ffmpeg -i a.voc a.flac"),
+    *(Case(f"{kind} in {container}, which ends in a block",
+           sound("a.bin", as_bytes(format=container, subtype=kind)), 0, USED, plays("a.bin"))
+      for container, kind in (("SDS", "PCM_16"), ("SDS", "PCM_24"), ("PAF", "PCM_24"))),
+    Case("W64 with a chunk behind its sound", sound("a.w64", as_bytes(
+        lambda c: c + b"junk" + bytes.fromhex("f3acd3118cd100c04f8edb8a") + struct.pack("<Q", 100_024)
+        + bytes(100_000), format="W64")), 0, USED, plays("a.w64")),
+    Case("W64 with 100,000 zeros behind its sound",
+         sound("a.w64", as_bytes(lambda c: c + bytes(100_000), format="W64")), 0,
+         "its header says 384000 bytes of sound; the 100000 behind them are not used", plays("a.w64")),
+    Case("W64 of floats in an extensible format", sound("a.w64", w64_as_ffmpeg_writes), 0, USED,
+         plays("a.w64")),
+    Case("Opus that says no rate", sound("a.opus", as_bytes(
+        no_opus_rate, rate=48000, format="OGG", subtype="OPUS")), 0, USED, has_all_tones_of_opus),
+    Case("ADPCM whose byte rate is a third", sound("a.wav", as_bytes(
+        put(b"fmt ", 16, ("<I", 8000)), rate=44100, format="WAV", subtype="IMA_ADPCM")), 0, USED,
+        plays("a.wav")),
+    Case("text named .mp3", sound("a.mp3", lambda p: p.write_text("this is text " * 500)), 2,
+         "not a sound that libsndfile reads (Format not recognised.); if it plays elsewhere convert it: "),
+    Case("a name with a colon, which FFmpeg takes for an address",
+         sound("a.12:30.m4a", foreign(b"\0\0\0 ftypM4A ")), 2,
+         "convert it: ffmpeg -i ./a.12:30.m4a ./a.12:30.flac"),
+    *(Case(f"{name} as sound", sound("a.mp3", foreign(start)), 2, says) for name, start, says in (
+        ("a web page behind empty lines", b"\xef\xbb\xbf\r\n <!DOCTYPE html>",
+         "a web page; download it again"),
+        ("JSON", b'{"error": 404}', "JSON, perhaps an error page; download it again"),
+        ("XML", b"<Error><Code>AccessDenied", "XML, perhaps an error page; download it again"),
+        ("a ZIP archive", b"PK\3\4", "a ZIP archive; unpack it"),
+        ("gzip", b"\x1f\x8b\x08", "compressed with gzip; unpack it"),
+        ("MIDI", b"MThd\0\0\0\6", "MIDI: notes, not a sound; render it with a synthesizer"))),
 ]
 
 
@@ -897,6 +1090,75 @@ ODD_PICTURES = [
     Case("a progressive JPEG", image("a.jpg", lambda p: top_is_red(p, progressive=True, quality=95)), 0, USED,
          is_red_beside_blue("a.jpg")),
 ]
+
+
+def small_in_gif(path: Path) -> None:
+    """A GIF of 96x96 whose only frame of 48x48 lies in its middle."""
+    file = io.BytesIO()
+    Image.new("P", (48, 48), 0).save(file, "GIF")
+    content = bytearray(file.getvalue())
+    at = content.index(b"\x2c\0\0\0\0\x30\0\x30\0")
+    content[6:10] = content[at + 1:at + 5] = struct.pack("<HH", 96, 96)
+    content[at + 1:at + 5] = struct.pack("<HH", 24, 24)
+    path.write_bytes(content)
+
+
+def is_black_on_white(d: Path, _) -> None:
+    pixels = values(d, "a.gif")
+    assert (pixels[24:72, 24:72] == 0).all() and pixels.sum() == 255 * 3 * (96 * 96 - 48 * 48)
+
+
+def deep_jpeg_2000(path: Path) -> None:
+    """The header of a picture of 16 bits a colour, before the data of one of 8 bits."""
+    content = bytearray(picture(path).read_bytes())
+    at = content.index(b"\xff\x4f\xff\x51") + 42
+    content[at] = content[at + 3] = content[at + 6] = 15
+    path.write_bytes(content)
+
+
+def zeros_from_half(path: Path) -> None:
+    content = picture(path, seed=5).read_bytes()
+    path.write_bytes(content[:len(content) // 2] + bytes(len(content)))
+
+
+def preview(path: Path) -> None:
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[254] = 1
+    picture(path, format="TIFF", tiffinfo=tags)
+
+
+OTHER_PICTURES = [
+    *(Case(f"a {kind} JPEG of which the last {n} bytes are missing, its end mark", image(
+        "a.jpg", lambda p, n=n, kind=kind: top_is_red(p, quality=95, progressive=kind == "progressive")
+        and p.write_bytes(p.read_bytes()[:-n])), 0, USED, is_red_beside_blue("a.jpg"))
+      for kind in ("plain", "progressive") for n in (1, 2)),
+    Case("a JPEG of which a little more than its end mark is missing", image(
+        "a.jpg", lambda p: (picture(p), p.write_bytes(p.read_bytes()[:-9]))), 2,
+         "truncated or damaged picture"),
+    Case("EPS as picture", image("a.eps", plain("red")), 2, "EPS, a drawing, not pixels; save it as PNG"),
+    Case("XBM, in which 1 is ink", image("a.xbm", lambda p: Image.new("1", (96, 96), 1).save(p)), 0, USED,
+         all_are("a.xbm", (0, 0, 0))),
+    Case("GIF whose first frame is smaller than the picture", image("a.gif", small_in_gif), 0, USED,
+         is_black_on_white),
+    Case("JPEG 2000 of 8 bits", image("a.jp2", lambda p: picture(p, seed=5)), 0, USED, is_the_noise("a.jp2")),
+    Case("JPEG 2000 of 16 bits a colour", image("a.jp2", deep_jpeg_2000), 2,
+         "JPEG 2000 of more than 8 bits a colour, in which Pillow makes white black; save it as PNG"),
+    Case("a JPEG whose second half is zeros", image("a.jpg", zeros_from_half), 2,
+         "truncated: only zeros behind * bytes, as a broken download leaves them"),
+    Case("a whole JPEG with zeros behind it", image("a.jpg", lambda p: top_is_red(p, quality=95) and
+         p.write_bytes(p.read_bytes() + bytes(5000))), 0, USED, is_red_beside_blue("a.jpg")),
+    Case("a camera's raw picture", image("a.dng", preview), 2,
+         "a camera's raw picture, of which only a preview can be read; develop it and save it as JPEG"),
+    Case("a TIFF that is cut before its directory",
+         image("a.tiff", foreign(struct.pack("<2sHI", b"II", 42, 1 << 20))), 2,
+         "a TIFF with other pixels, or cut; save it as RGB or gray with 8 or 16 bits"),
+    Case("a picture of a format that nobody knows", image("a.x", foreign(b"\xabcd")), 2,
+         "not a picture that Pillow reads; if it is one convert it to PNG: convert a.x a.png"),
+    Case("JPEG XL named .png", image("a.png", foreign(b"\xff\x0a")), 2,
+         "JPEG XL; convert it to PNG: djxl a.png a-2.png"),
+    Case("SVG behind an XML header", image("a.svg", foreign(b'<?xml version="1.0"?><svg>')), 2,
+         "SVG; convert it to PNG: convert a.svg a.png"),
+]
 PICTURES = [
     Case("16-bit gray picture", image("a.png", lambda p: Image.fromarray(RAMP).save(p)), 0, USED,
          is_the_ramp),
@@ -1233,11 +1495,11 @@ def test_case(case, tmp_path):
     check(case, script(*case.make(tmp_path)), tmp_path, {})
 
 
-@pytest.mark.parametrize("case", OTHER_SOUNDS, ids=str)
-def test_other_sound(case, tmp_path):
+@pytest.mark.parametrize("case", OTHER_SOUNDS + OTHER_PICTURES, ids=str)
+def test_other_file(case, tmp_path):
     case.make(tmp_path)
-    [path] = (tmp_path / "data/audio").glob("a.*")
-    reason, found = look_at(("sound", path))
+    [path] = (tmp_path / "data").glob("*/a.*")
+    reason, found = look_at(("sound" if path.parent.name == "audio" else "picture", path))
     said = reason or "; ".join(f"{what}: {detail}" for what, detail in found)
     assert bool(reason) == (case.code == 2)
     assert said == "" if case.says == USED else re.search(pattern(case.says, tmp_path), said), said
@@ -1277,11 +1539,11 @@ def test_a_stage_says_the_same_of_every_unusable_file_at_once(config, tmp_path):
 
 @pytest.mark.parametrize("name, options, change", [
     ("a.wav", {"rate": 8000, "format": "WAV", "subtype": "GSM610"}, bytes),
-    ("a.flac", {"format": "FLAC"}, behind_id3),
+    ("a.flac", {"format": "FLAC"}, behind_id3), ("a.flac", {"format": "FLAC"}, frames_of_flac(4, 40)),
     ("a.wav", {"format": "WAV"}, put(b"data", 4, ("<I", 0))),
     ("a.mp3", {"rate": 44100, "format": "MP3", "bitrate_mode": "VARIABLE"}, without_first_frame),
     ("a.ogg", {"rate": 48000, "format": "OGG", "subtype": "OPUS"}, no_end_mark)],
-    ids=["cannot be sought", "behind ID3", "no length", "no Xing", "no end mark"])
+    ids=["cannot be sought", "behind ID3", "cut FLAC", "no length", "no Xing", "no end mark"])
 def test_several_windows_are_stretches_of_the_whole(tmp_path, name, options, change):
     as_bytes(change, **options)(tmp_path / name)
     with open_audio(tmp_path / name) as sound:

@@ -6,10 +6,11 @@ it gets a MendedFile: other first or last bytes or another length, and the same 
 """
 
 import io
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,6 +19,8 @@ from typing import BinaryIO
 UNKNOWN = (range(0x7F00_0000, 0x7F00_0100), range(0x7FFF_0000, 0x8000_0100), range(0xFFFF_0000, 1 << 32),
            range((1 << 63) - (1 << 20), 1 << 63), range((1 << 64) - (1 << 20), 1 << 64))
 NO_LENGTH = "its header has no length, as when a recorder is stopped or writes to a pipe; used to its end"
+UNUSED = "its header says {} bytes of sound; the {} behind them are not used"
+SECOND = "a second file begins behind its sound; it is not used"
 FOREIGN = ((0, b"\x1aE\xdf\xa3", "WebM or Matroska"), (4, b"ftyp", "MP4 or M4A"), (4, b"moov", "QuickTime"),
            (4, b"mdat", "QuickTime"), (4, b"wide", "QuickTime"),
            (0, b"0&\xb2u\x8ef\xcf\x11", "Windows Media"), (0, b"#!AMR", "AMR"), (0, b"#!SILK", "SILK"),
@@ -29,18 +32,24 @@ FOREIGN = ((0, b"\x1aE\xdf\xa3", "WebM or Matroska"), (4, b"ftyp", "MP4 or M4A")
            (0, b"\x06\x0e\x2b\x34", "MXF"), (0, b"nut/", "NUT"), (0, b"FWS", "Flash"), (0, b"CWS", "Flash"),
            (8, b"AVI ", "AVI video"), (0, b"\0\0\1\xba", "MPEG video"),
            (188, b"\x47\x40", "MPEG transport stream"))
-USELESS = ((b"version https://git-lfs", "a pointer of Git LFS, not the sound itself; run git lfs pull"),
-           (b"<!doctype html", "a web page, not a sound; download it again"),
-           (b"<html", "a web page, not a sound; download it again"),
-           (b"mthd", "MIDI: notes, not a sound; render it with a synthesizer"))
+MIDI = "MIDI: notes, not a sound; render it with a synthesizer"
+# What is neither a sound nor a picture, and what to do.
+NO_MEDIA = ((b"version https://git-lfs", "a pointer of Git LFS; run git lfs pull"),
+            (b"<!doctype html", "a web page; download it again"), (b"<html", "a web page; download it again"),
+            (b"{", "JSON, perhaps an error page; download it again"),
+            (b"<", "XML, perhaps an error page; download it again"),
+            (b"\x1f\x8b", "compressed with gzip; unpack it"), (b"pk\3\4", "a ZIP archive; unpack it"),
+            (b"rar!", "a RAR archive; unpack it"), (b"7z\xbc\xaf", "a 7-Zip archive; unpack it"),
+            (b"\0\x05\x16\x07", "a sidecar file of macOS; remove it"))
 
 
 @dataclass
 class Facts:
     """What a sound file's bytes say.
 
-    fault: why it cannot be used. convert: whether FFmpeg may read what libsndfile does not. open_end: why
+    fault: why it cannot be used. convert: whether FFmpeg reads it nevertheless. open_end: why
     nothing shows that it is whole, or "". frames: its samples by our count, where libsndfile only guesses.
+    seeks: False where libsndfile could not go on after it was told to seek.
     Mended, the file is `head`, then its bytes from `start` on without the last `cut`, then `tail`. libsndfile
     is told the length `claims`, unless that is 0.
     """
@@ -52,6 +61,7 @@ class Facts:
     claims: int = 0
     frames: int | None = None
     open_end: str = ""
+    seeks: bool = True
     fault: str = ""
     convert: bool = False
 
@@ -101,18 +111,23 @@ def inspect(path: Path) -> Facts:
     with open(path, "rb") as file:
         start = _behind_tags(file, 0)
         first = _at(file, start, 256)
-        for text, reason in USELESS:
-            if first.lower().startswith(text):
-                return Facts(size, fault=reason)
+        if reason := MIDI if first.startswith(b"MThd") else no_media(first):
+            return Facts(size, fault=reason)
         if first[:4] in CHUNKED and (first[8:12] in CHUNKED_TYPES or first[:1].islower()):
             return _chunked(file, size, start)
-        for magic, look in ((b"fLaC", _flac), (b"OggS", _ogg), (b".snd", _au)):
+        for magic, look in ((b"fLaC", _flac), (b"OggS", _ogg), (b".snd", _au), (b"Creative Voice", _voc)):
             if first.startswith(magic):
                 return look(file, size, start)
         for offset, magic, name in FOREIGN:
             if first[offset:].startswith(magic) and (offset != 188 or first[:1] == b"G"):  # of every packet
                 return Facts(size, fault=f"{name}, which libsndfile does not read", convert=True)
         return _mpeg(file, size, start) or Facts(size)
+
+
+def no_media(start: bytes) -> str:
+    """What a file that begins like this is, if neither a sound nor a picture, and what to do; or ""."""
+    start = start.removeprefix(b"\xef\xbb\xbf").lstrip(b" \r\n\t").lower()
+    return next((what for mark, what in NO_MEDIA if start.startswith(mark)), "")
 
 
 def _at(file: BinaryIO, place: int, n: int) -> bytes:
@@ -160,6 +175,11 @@ CHUNKED = {b"RIFF": ("<4sI", 12, 2), b"RIFX": (">4sI", 12, 2), b"RF64": ("<4sI",
 MOST = {"I": (1 << 32) - 1, "Q": (1 << 64) - 1}
 CHUNKED_TYPES = (b"WAVE", b"AIFF", b"AIFC")
 MPEG_IN_WAV = (0x50, 0x55)
+GSM_IN_WAV, GSM_BYTES, GSM_SAMPLES = 0x31, 65, 320  # a block
+# How frames of surround sound begin that a WAV holds as if they were samples, as copied from a DVD or a
+# digital cable. Each has at most 16 KB.
+SURROUND = re.compile(rb"\x72\xf8\x1f\x4e|\xf8\x72\x4e\x1f|\x7f\xfe\x80\x01[\xfc-\xff]|"
+                      rb"\xfe\x7f\x01\x80.[\xfc-\xff]|\xff\x1f\x00\xe8.\x07|\x1f\xff\xe8\x00\x07", re.DOTALL)
 
 
 def _chunks(file: BinaryIO, place: int, form: str, pad: int) -> Iterator[tuple[bytes, int, int]]:
@@ -182,13 +202,15 @@ def _only_chunks(file: BinaryIO, place: int, form: str, pad: int, end: int) -> b
 
 
 def _chunked(file: BinaryIO, size: int, start: int) -> Facts:
-    facts, (form, first, pad) = Facts(size, start, convert=True), CHUNKED[_at(file, start, 4)]
-    long = codec = where = said = 0
+    facts, (form, first, pad) = Facts(size, start), CHUNKED[_at(file, start, 4)]
+    changes, long, codec, where, said = {}, 0, 0, 0, 0  # changes: place -> the header's right bytes
     for name, where, said in _chunks(file, start + first, form, pad):  # noqa: B007
         if name == b"ds64":
             long = where + 8
         elif name == b"fmt ":
             codec = int.from_bytes(_at(file, where, 2), "little" if form[0] == "<" else "big")
+            if pad == 8 and codec == 0xFFFE:  # libsndfile does not look on for the codec in a W64
+                changes[where] = _at(file, where + 24, 2)
         elif name in (b"data", b"SSND"):
             break
     else:
@@ -196,6 +218,10 @@ def _chunked(file: BinaryIO, size: int, start: int) -> Facts:
     if long and said == 0xFFFF_FFFF:
         said = int.from_bytes(_at(file, long, 8), "little")
     left = size - where
+    if codec in (1, 0xFFFE) and _is_surround(_at(file, where, 1 << 16)):
+        facts.fault = "its samples are coded surround sound (AC-3 or DTS), which libsndfile takes for noise"
+        facts.convert = True
+        return facts
     if codec in MPEG_IN_WAV:  # libsndfile would guess its length from the header's bit rate
         return _mpeg(file, size, where, left - said if 0 < said < left else 0) or facts
     empty = 8 if name == b"SSND" else 4 if pad == 1 else 0  # before the sound: numbers of AIFF and CAF
@@ -204,20 +230,34 @@ def _chunked(file: BinaryIO, size: int, start: int) -> Facts:
         facts.open_end = NO_LENGTH
         if said <= empty or form[-1] == "Q":  # what libsndfile does not take for unknown
             field, kind = (long, "<Q") if long else (where - struct.calcsize(form[-1]), form[0] + form[-1])
-            head = bytearray(_at(file, start, where - start))
-            struct.pack_into(kind, head, field - start, min(left + (24 if pad == 8 else 0), MOST[kind[1]]))
+            changes[field] = struct.pack(kind, min(left + (24 if pad == 8 else 0), MOST[kind[1]]))
             if left > MOST[kind[1]]:
                 facts.open_end = "its header has no length and it is longer than 4 GB; the rest is not used"
-            facts.head, facts.start = bytes(head), where
     elif said > size:
-        facts.fault, facts.convert = f"truncated: {left} of {said} bytes", False
+        facts.fault = f"truncated: {left} of {said} bytes"
     elif said > left:  # no more than the header is missing: a program has counted that too
         facts.open_end = f"its header says {said} bytes of sound, the file has {left}"
     elif _at(file, behind, 4) == _at(file, start, 4):  # over which libsndfile stumbles
-        facts.cut, facts.open_end = size - behind, "a second file begins behind its sound; it is not used"
+        facts.cut, facts.open_end = size - behind, SECOND
     elif left - said > 4096 and not _only_chunks(file, behind, form, pad, size):
-        facts.open_end = f"its header says {said} bytes of sound; the {left - said} behind them are not used"
+        facts.open_end = UNUSED.format(said, left - said)
+    if pad == 8 and 0 < said < left:  # in a W64 libsndfile plays what is behind the sound
+        facts.cut = left - said
+    if codec == GSM_IN_WAV:  # libsndfile makes one block more, of noise, where the size is odd
+        facts.frames = (left if facts.open_end == NO_LENGTH else min(said, left)) // GSM_BYTES * GSM_SAMPLES
+    if changes:
+        head = bytearray(_at(file, start, where - start))
+        for place, right in changes.items():
+            head[place - start:place - start + len(right)] = right
+        facts.head, facts.start = bytes(head), where
     return facts
+
+
+def _is_surround(data: bytes) -> bool:
+    """Whether samples are frames of AC-3 or DTS. AC-3's mark is short: it must stand at the start as well."""
+    short = data[:2] in (b"\x0b\x77", b"\x77\x0b")
+    marks = data.count(data[:2]) if short else 4 * len(SURROUND.findall(data))
+    return len(data) > 8192 and marks > len(data) // 4096
 
 
 def _unknown(said: int, left: int) -> bool:
@@ -226,13 +266,26 @@ def _unknown(said: int, left: int) -> bool:
 
 
 def _au(file: BinaryIO, size: int, start: int) -> Facts:
-    facts, head = Facts(size, start, convert=True), _at(file, start, 12)
+    facts, head = Facts(size, start), _at(file, start, 12)
     offset, said = (int.from_bytes(head[i:i + 4], "big") for i in (4, 8))
     left = size - start - offset
     if said == 0 < left or _unknown(said, left):
         facts.open_end, facts.head, facts.start = NO_LENGTH, head[:8] + b"\xff" * 4, start + 12
     elif said > left:
-        facts.fault, facts.convert = f"truncated: {left} of {said} bytes", False
+        facts.fault = f"truncated: {left} of {said} bytes"
+    elif left - said > 4096:
+        facts.open_end = UNUSED.format(said, left - said)
+    return facts
+
+
+def _voc(file: BinaryIO, size: int, start: int) -> Facts:
+    """Facts of a VOC. libsndfile plays the heads of all blocks behind the first as samples."""
+    facts, place, blocks = Facts(size, convert=True), int.from_bytes(_at(file, 20, 2), "little"), 0
+    while len(head := _at(file, place, 4)) == 4 and 0 < head[0] < 10 and blocks < 2:
+        blocks += head[0] in (1, 2, 3, 6, 9)  # sound, more of it, silence, a repetition, sound
+        place += 4 + int.from_bytes(head[1:], "little")
+    if blocks > 1:
+        facts.fault = "a VOC of several blocks, which libsndfile reads wrongly"
     return facts
 
 
@@ -240,8 +293,7 @@ def _au(file: BinaryIO, size: int, start: int) -> Facts:
 
 def _ogg(file: BinaryIO, size: int, start: int) -> Facts:
     """Facts of an Ogg by the headers of its pages. libsndfile shortens a cut one without a word."""
-    facts, streams, page, place, last = Facts(size, start, convert=True), {}, b"", start, start
-    hole = ""
+    facts, streams, page, place, last, hole = Facts(size, start), {}, b"", start, start, ""
     while len(page := _at(file, place, 300)) > 27:
         if not page.startswith(b"OggS\0"):
             if (found := _find(file, place, b"OggS\0")) < 0:
@@ -254,42 +306,142 @@ def _ogg(file: BinaryIO, size: int, start: int) -> Facts:
             break
         if page[5] & 2:
             streams[page[14:18]] = page[content:content + 8]
+        facts.seeks = facts.seeks and not page[5] & 1  # to a packet in two pages of an Opus it fails
         last, place = place, place + content + sum(page[27:content])
     if not any(content.startswith((b"\x01vorbis", b"OpusHead")) for content in streams.values()):
         names = {b"\x7fFLAC": "FLAC", b"Speex": "Speex"}
         found = [names[content[:5]] for content in streams.values() if content[:5] in names]
         facts.fault = f"Ogg with {found[0] if found else 'another codec'}, which libsndfile does not read"
+        facts.convert = True
     elif place > size or 0 < len(page) < 28 and page.startswith(b"OggS"):
-        facts.fault, facts.convert = "truncated: the last Ogg page is missing", False
+        facts.fault = "truncated: the last Ogg page is missing"
     elif not _at(file, last, 6)[5] & 4 and not facts.open_end:
         facts.open_end = "its last Ogg page has no end mark, as when a recorder is stopped; used to its end"
-        # With the mark, and a checksum that counts it: without, libsndfile refuses some.
-        page = bytearray(_at(file, last, place - last))
-        page[5] |= 4
-        page[22:26] = bytes(4)
-        page[22:26] = _crc(page, 0x04C1_1DB7, 32).to_bytes(4, "little")
-        facts.tail, place = bytes(page), last
+        # With the mark: without, libsndfile refuses some.
+        page = _at(file, last, place - last)
+        facts.tail, place = _changed_page(page, 5, bytes([page[5] | 4])), last
     facts.cut = size - place if facts.open_end else 0
     facts.open_end = facts.open_end or hole
+    page = _page(file, start)
+    content = 27 + page[26] if page else 0
+    if page[content:content + 8] == b"OpusHead":
+        if page[content + 12:content + 16] == bytes(4):  # of no rate libsndfile makes 8000 Hz
+            facts.start = start + len(page)
+            facts.head = page = _changed_page(page, content + 12, (48000).to_bytes(4, "little"))
+    if len(streams) == 1 and not facts.fault:
+        _leave_out(file, facts, start, page)
     return facts
+
+
+def _page(file: BinaryIO, place: int) -> bytes:
+    """The whole Ogg page at a place, or b""."""
+    head = _at(file, place, 282)
+    n = 27 + head[26] + sum(head[27:27 + head[26]]) if len(head) > 27 and head.startswith(b"OggS\0") else 0
+    page = _at(file, place, n)
+    return page if len(page) == n else b""
+
+
+def _leave_out(file: BinaryIO, facts: Facts, start: int, page: bytes) -> None:
+    """Leave out the packets that an Ogg has before its time 0, as ffmpeg -ss and -c copy write them. Such an
+    Opus libsndfile takes for malformed, such a Vorbis it plays with them. `page`: the first, at `start`."""
+    kept, place, tags, left_out, head = page, start + len(page), True, 0, page[28:]
+    opus = head.startswith(b"OpusHead")
+    while page := _page(file, place):
+        place += len(page)
+        n, until = page[26], int.from_bytes(page[6:14], "little", signed=True)
+        if tags:  # they may have several pages
+            kept, tags = kept + page, page[26 + n] == 255
+            continue
+        # The last may end early. One that begins or ends within a packet is left as it is.
+        if page[5] & 5 or page[26 + n] == 255 or place > facts.size - facts.cut:
+            return
+        sizes, packets, at = page[27:27 + n], [], 27 + n  # packets: their part of `sizes`, and their bytes
+        for part in re.findall(rb"\xff*[^\xff]", sizes, re.DOTALL):
+            packets.append((part, page[at:at + sum(part)]))
+            at += sum(part)
+        if opus:
+            samples = [_opus_samples(packet) for _, packet in packets]
+        else:  # of two sizes of blocks, each of which overlaps the one before it by half
+            blocks = [1 << (head[28] >> 4 if packet[:1] and packet[0] & 2 else head[28] & 15)
+                      for _, packet in packets]
+            samples = [0, *(sum(pair) // 4 for pair in pairwise(blocks))]
+        while packets and sum(samples[not opus:]) > max(until, 0):
+            packets.pop(0)
+            left_out += samples.pop(0)
+        if packets or not left_out:
+            break
+    if left_out and page:
+        sizes = b"".join(part for part, _ in packets)
+        page = page[:26] + bytes([len(sizes)]) + sizes + b"".join(packet for _, packet in packets)
+        facts.head, facts.start = kept + _changed_page(page, 5, page[5:6]), place
+        left_out /= 48000 if opus else int.from_bytes(head[12:16], "little")
+        facts.open_end = facts.open_end or (f"its first {left_out:.2f} s lie before its time 0, as when it "
+                                            "was cut without encoding it again; they are not used")
+
+
+def _opus_samples(packet: bytes) -> int:
+    """The samples of an Opus packet, at 48 kHz (RFC 6716, section 3.1)."""
+    if not packet:
+        return 0
+    kind, frames = packet[0] >> 3, (1, 2, 2, 0)[packet[0] % 4]
+    frame = 120 << kind % 4 if kind > 15 else 480 << kind % 2 if kind > 11 else 480 * (1, 2, 4, 6)[kind % 4]
+    return frame * (frames or packet[1] & 63 if len(packet) > 1 else frames)
+
+
+def _changed_page(page: bytes, place: int, right: bytes) -> bytes:
+    """An Ogg page with the right bytes at a place, and a checksum that counts them."""
+    page = page[:place] + right + page[place + len(right):]
+    checksum = _crc(page[:22] + bytes(4) + page[26:], 0x04C1_1DB7, 32)
+    return page[:22] + checksum.to_bytes(4, "little") + page[26:]
 
 
 # --- FLAC ---------------------------------------------------------------------------------------------------
 
 def _flac(file: BinaryIO, size: int, start: int) -> Facts:
-    """Facts of a FLAC. Where its header has no length, the last frame's header says it."""
+    """Facts of a FLAC. Its frames count the samples. They say its length where its header has none or that
+    of the longer FLAC from which it was cut without encoding it again (ffmpeg -c copy)."""
     facts, head = Facts(size, start), _at(file, start, 26)
-    if len(head) == 26 and int.from_bytes(head[18:], "big") % (1 << 36) == 0:
-        facts.open_end = NO_LENGTH
-        last = _at(file, max(start + 42, size - (1 << 20)), 1 << 20)  # a frame is seldom over 100 KB
-        at = len(last)
-        while (at := last.rfind(b"\xff", 0, at)) >= 0:
-            if frame := _flac_frame(last[at:at + 16], int.from_bytes(head[10:12], "big")):
-                total = frame[1] if _crc(last[at:], 0x8005, 16) == 0 else frame[0]  # a cut frame is left out
-                length = int.from_bytes(head[18:], "big") | total
-                facts.head, facts.start = head[:18] + length.to_bytes(8, "big"), start + 26
-                break
+    if (second := _find(file, start + 4, b"fLaC\0\0\0\x22")) > 0:
+        facts.cut, facts.open_end = size - second, SECOND
+        size = second
+    if len(head) < 26:
+        return facts
+    said, block_size = int.from_bytes(head[18:], "big") % (1 << 36), int.from_bytes(head[10:12], "big")
+    place, block = start + 4, _at(file, start + 4, 4)
+    while len(block) == 4:  # of metadata
+        place += 4 + int.from_bytes(block[1:], "big")
+        block = _at(file, place, 4) if block[0] < 128 else b""
+    head_1, tail = _at(file, place, 16), max(place, size - (1 << 20))  # a frame is seldom over 100 KB
+    first, last = _flac_frame(head_1, block_size), _at(file, tail, max(0, size - tail))
+    if not first or not (frames := _flac_frames(last, head_1[:2], block_size)):
+        return facts
+    begin, (at, *frame) = first[0], frames[-1]
+    places = (place + (size - place) * i * i // 256 for i in range(16))  # uneven, for equal parts
+    parts = (_at(file, one, min(size - one, 1 << 17)) for one in places)
+    numbers = [n for part in parts for _, n, _ in _flac_frames(part, head_1[:2], block_size)[:1]] + frame[:1]
+    if numbers != sorted(numbers) or frame[1] - begin > said > 0:
+        facts.open_end, facts.seeks = SECOND, False
+        return facts
+    whole = _crc(last[at:], 0x8005, 16) == 0
+    length = frame[whole] - begin  # a cut frame is left out
+    if said == 0:
+        facts.open_end = facts.open_end or NO_LENGTH
+    elif length < said and (begin or whole):
+        facts.open_end = f"its header says {said} samples, its frames hold {length}; used up to there"
+    else:
+        return facts
+    facts.seeks = not begin
+    number = int.from_bytes(head[18:], "big") - said + length
+    facts.head, facts.start = head[:18] + number.to_bytes(8, "big"), start + 26
     return facts
+
+
+def _flac_frames(data: bytes, mark: bytes, block_size: int) -> list[tuple[int, int, int]]:
+    """(place, numbers) of FLAC frames in `data` that begin with `mark`. Where one follows on another, those
+    that follow on none are left out: their bytes look so by chance."""
+    found = [(hit.start(), *numbers) for hit in re.finditer(re.escape(mark), data)
+             if (numbers := _flac_frame(data[hit.start():hit.start() + 16], block_size))]
+    return [two for one, two in pairwise(found) if one[2] == two[1]] or found[-1:]
 
 
 def _flac_frame(head: bytes, block_size: int) -> tuple[int, int] | None:
@@ -344,10 +496,6 @@ def _kind(header: bytes) -> tuple:
     return header[1] & 0xFE, header[2] & 0x0C, header[3] >> 6 == 3
 
 
-def _frame(header: bytes) -> tuple[int, int] | None:
-    return FRAME_SIZES.get(header[1:3]) if len(header) == 4 and header[0] == 0xFF else None
-
-
 def _next_frame(data: bytes) -> int:
     """The first place in `data` where three MPEG frames of one kind follow each other, or -1."""
     at = -1
@@ -355,7 +503,8 @@ def _next_frame(data: bytes) -> int:
         place = at
         for _ in range(3):
             header = data[place:place + 4]
-            if not (found := _frame(header)) or _kind(header) != _kind(data[at:at + 4]):
+            found = FRAME_SIZES.get(header[1:3]) if len(header) == 4 and header[0] == 0xFF else None
+            if not found or _kind(header) != _kind(data[at:at + 4]):
                 break
             place += found[0]
         else:

@@ -11,20 +11,20 @@ from pathlib import Path
 import numpy as np
 import soundfile as sf
 import soxr
-from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from PIL.Image import Transpose
 
-from clap2diffusion.dataset.containers import Facts, MendedFile, inspect
+from clap2diffusion.dataset.containers import Facts, MendedFile, inspect, no_media
 
 MIN_CLIP_S, MIN_RATE, MAX_RATE = 0.1, 1000, 768_000
-BLOCK, MP3_LEAD, OPEN_END_S = 1 << 16, 20 * 1152, 0.25
+BLOCK, MP3_LEAD, OPEN_END_S, LAST = 1 << 16, 20 * 1152, 0.25, 1 << 10
 MIN_SIDE, MAX_PIXELS, MAX_SHAPE_RATIO = 8, 100_000_000, 8
 SILENT_PEAK, CANCELLED_SHARE = 1e-5, 1e-3  # -100 dB of full scale; -60 dB of what the channels had
 # EXIF's orientation -> the turn or flip that makes a picture upright
 UPRIGHT = dict(enumerate((Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM,
                           Transpose.TRANSPOSE, Transpose.ROTATE_270, Transpose.TRANSVERSE,
                           Transpose.ROTATE_90), 2))
-BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # tags of TIFF
+SUBFILE_TYPE, BITS_PER_SAMPLE, PHOTOMETRIC = 254, 258, 262  # tags of TIFF
 # What of a file the pixels need: chunks of PNG (and the colours and orientation), tags of TIFF
 PNG_CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"iCCP", b"eXIf")
 TIFF_TAGS = (*range(254, 267), 273, 274, *range(277, 280), 284, 292, 293, 317, 320, *range(322, 326), 332,
@@ -58,7 +58,8 @@ class Sound(sf.SoundFile):
     length, by our count where we count. `open_end`: why nothing shows that the file is whole, or ""."""
 
     def __init__(self, path: Path, facts: Facts):
-        self.open_end, self._counted, self._seeks = facts.open_end, facts.frames, None
+        self.open_end, self._counted = facts.open_end, facts.frames
+        self._seeks = None if facts.seeks else False
         # of NAME it would read the macOS sidecar ._NAME, where the first bytes are of no format it knows
         sidecar = path.with_name(f"._{path.name}").exists() or Path("._").exists()
         self._mended = MendedFile(path, facts) if facts.mended or sidecar else None
@@ -104,9 +105,19 @@ class Sound(sf.SoundFile):
         return [np.concatenate(part) for part in parts]
 
 
+def _in_shell(path: Path, suffix: str) -> tuple[str, str]:
+    """The name of a file, and another one with `suffix`, as arguments of a program that converts it."""
+    other = f"{path.stem}-2" if path.suffix.lower() == suffix else path.stem
+    start = "./" if path.name.startswith("-") or ":" in path.name else ""  # "12:30.m4a" is no address
+    return shlex.quote(f"{start}{path.name}"), shlex.quote(f"{start}{other}{suffix}")
+
+
 def _conversion(path: Path) -> str:
-    other = path.stem + (".wav" if path.suffix == ".flac" else ".flac")
-    return f"; convert it: ffmpeg -i {shlex.quote(path.name)} {shlex.quote(other)}"
+    return "; convert it: ffmpeg -i {} {}".format(*_in_shell(path, ".flac"))
+
+
+def _elsewhere(path: Path) -> str:
+    return f"; if it plays elsewhere{_conversion(path)[1:]}"
 
 
 def open_audio(path: Path) -> Sound:
@@ -117,7 +128,10 @@ def open_audio(path: Path) -> Sound:
         facts = inspect(path)
         sound = None if facts.fault else Sound(path, facts)
     except (RuntimeError, TypeError, ValueError, OSError) as error:  # sf's own errors are RuntimeErrors
-        facts.fault = f"not a sound that libsndfile reads ({getattr(error, 'error_string', error)})"
+        said = getattr(error, "error_string", str(error))
+        if "does not exist" in said:  # so it says where an MP3's name is all that the file has of one
+            said = "Format not recognised."
+        facts.fault = f"not a sound that libsndfile reads ({said}){_elsewhere(path)}"
     if facts.fault:
         raise BadFile(facts.fault + _conversion(path) * facts.convert)
     rate, frames = sound.samplerate, sound.frames  # libsndfile gives no rate below 1
@@ -139,20 +153,21 @@ def read_windows(path: Path, window_s: float, windows=1, start_s=0.0) -> tuple[l
         first, last = min(round(start_s * rate), total - length), total - length
         starts = np.linspace(first, last, windows).round().astype(int).tolist()
         try:
-            # The last sample shows that a compressed file is whole. Of an MP3 we have counted the frames.
+            # The last samples show that a compressed file is whole. They are many, because SDS and PAF end in
+            # a block of which libsndfile reads no part. Of an MP3 we have counted the frames.
             if sound.seekable() and not sound.open_end and sound.format != "MP3":
-                sound.seek(total - 1)
-                if not len(sound.read(1)):
-                    raise BadFile(f"truncated: fewer than the header's {total} samples can be read")
+                sound.seek(total - min(LAST, total))
+                if len(sound.read(LAST)) < min(LAST, total):
+                    raise BadFile("truncated, or the times in it are wrong: fewer than its "
+                                  f"{total} samples can be read{_elsewhere(path)}")
             blocks = sound.windows(starts, length, dtype)
         except RuntimeError as error:
-            raise BadFile(f"truncated or damaged: it stops within its {total} samples ({error}); if it plays "
-                          f"elsewhere{_conversion(path)[1:]}") from None
+            raise BadFile("truncated, damaged or of a kind that libsndfile does not read: it stops within "
+                          f"its {total} samples ({error}){_elsewhere(path)}") from None
         # An open end may lie within a frame of the codec. Of an Ogg the last page is known to be there.
         least = length - (round(OPEN_END_S * rate) if sound.open_end or sound.format == "OGG" else 0)
     if short := [len(block) for block in blocks if len(block) < least]:
-        raise BadFile(f"truncated: {short[0]} of {length} samples can be read; if it plays elsewhere"
-                      f"{_conversion(path)[1:]}")
+        raise BadFile(f"truncated: {short[0]} of {length} samples can be read{_elsewhere(path)}")
     if not all(np.isfinite(block).all() for block in blocks):
         raise BadFile("holds NaN or infinite samples")
     return blocks, rate
@@ -225,7 +240,17 @@ def _jpeg_pixels(content: bytes) -> bytes:
         if not extra or starts and content[at + 4:end].startswith(starts) and end - at - 2 >= length:
             kept.append(content[at:end])
         at = end
-    return b"".join([*kept, content[at:]])
+    return _ended_jpeg(b"".join([*kept, content[at:]]))
+
+
+def _ended_jpeg(content: bytes) -> bytes:
+    """A JPEG with its end mark, if that alone is missing: then other bytes before it change no pixel."""
+    if content.find(b"\xff\xd9", content.rfind(b"\xff\xda")) < 0:
+        with contextlib.suppress(Exception):
+            one, other = (content.rstrip(b"\xff\0") + more + b"\xff\xd9" for more in (b"", b"\x55" * 5000))
+            if np.array_equal(*(np.asarray(Image.open(io.BytesIO(ended))) for ended in (one, other))):
+                return one
+    return content
 
 
 def _tiff_pixels(content: bytes) -> bytes:
@@ -256,22 +281,54 @@ def _refusing(what: str):
         raise BadFile(f"{what} ({' '.join(str(error).split()) or type(error).__name__})") from None
 
 
+def _j2k_bits(file) -> int:
+    """Bits of a JPEG 2000's first component."""
+    file.seek(0)
+    start = file.read(1 << 20)
+    return start[start.find(b"\xff\x4f\xff\x51") + 42] % 128 + 1
+
+
+def _check_jpeg_end(file) -> None:
+    """Raises BadFile: a JPEG ends in zeros and without its end mark. They decode as a gray rest."""
+    file.seek(max(0, file.seek(0, io.SEEK_END) - 64))
+    if not any(file.read()):
+        file.seek(0)
+        content = file.read()
+        if content.find(b"\xff\xd9", content.rfind(b"\xff\xda")) < 0:
+            n = len(content.rstrip(bytes(1)))
+            raise BadFile(f"truncated: only zeros behind {n} of {len(content)} bytes, as a broken download "
+                          "leaves them")
+
+
 def _open_source(source, decode: bool) -> Image.Image:
     with _refusing("not a picture that Pillow reads"):
         try:
             image = Image.open(source)
         except UnidentifiedImageError:
             raise _Unknown("not a picture that Pillow reads") from None
+    tags, form = getattr(image, "tag_v2", {}), image.format
     (short, long), size = sorted(image.size), f"{image.width}x{image.height} pixels"
     _checked(image, [
         (short * long > MAX_PIXELS, f"{size}, expected at most {MAX_PIXELS // 1_000_000} million"),
         (short < MIN_SIDE, f"{size}, expected sides of at least {MIN_SIDE}"),
         (long > MAX_SHAPE_RATIO * short, f"{size}, expected a shape of at most {MAX_SHAPE_RATIO}:1"),
-        (image.mode == "F", "floating-point pixels have no known white; save it with 8 or 16 bits")])
+        (form in ("EPS", "WMF", "EMF"), f"{form}, a drawing, not pixels; save it as PNG"),
+        (image.mode == "F", "floating-point pixels have no known white; save it with 8 or 16 bits"),
+        (tags.get(SUBFILE_TYPE, 0) & 1,
+         "a camera's raw picture, of which only a preview can be read; develop it and save it as JPEG"),
+        (form == "JPEG2000" and image.mode != "I;16" and _j2k_bits(image.fp) > 8,
+         "JPEG 2000 of more than 8 bits a colour, in which Pillow makes white black; save it as PNG")])
     if decode:
         with contextlib.ExitStack() as closing, _refusing("truncated or damaged picture"):
             closing.callback(image.close)
+            if form == "JPEG":
+                _check_jpeg_end(image.fp)
+            drawn = image.tile[0][1] if form == "GIF" and "transparency" not in image.info else None
             image.load()
+            if drawn not in (None, (0, 0, *image.size)):  # around the first frame nothing is drawn
+                frame = image.convert("RGB").crop(drawn)
+                image = Image.new("RGB", image.size, "white")
+                image.paste(frame, drawn)
             closing.pop_all()
     return image
 
@@ -289,8 +346,8 @@ def open_image(path: Path, decode=False) -> Image.Image:
             for signature, pixels in PIXELS.items():
                 if start.startswith(signature):
                     return _open_source(io.BytesIO(pixels(start + file.read())), decode)
-        if isinstance(error, _Unknown) and (what := _other_format(path)):
-            raise BadFile(f"{error}: {what}") from None
+        if isinstance(error, _Unknown):
+            raise BadFile(f"{error}{_other_format(path)}") from None
         raise
 
 
@@ -298,34 +355,29 @@ class _Unknown(BadFile):
     """A picture of no format that Pillow knows."""
 
 
-# How a file begins, from a byte on; what it is, and what to do. Of pictures that Pillow does not read, and of
-# what is no picture.
-CONVERT = "; convert it to PNG: magick {0} {1}"
+# How pictures begin that Pillow does not read, from a byte on; what they are, and what to do.
+CONVERT = "; convert it to PNG: convert {0} {1}"  # of ImageMagick
 FOREIGN_PICTURES = (
     (4, b"ftypheic", "HEIC, as iPhones write it" + CONVERT), (4, b"ftypheix", "HEIC" + CONVERT),
     (4, b"ftypmif1", "HEIF" + CONVERT), (4, b"ftypmsf1", "HEIF" + CONVERT), (4, b"ftyp", "a video, MP4"),
-    (0, b"\xff\x0a", "JPEG XL" + CONVERT), (4, b"JXL ", "JPEG XL" + CONVERT),
+    (0, b"\xff\x0a", "JPEG XL; convert it to PNG: djxl {0} {1}"),
+    (4, b"JXL ", "JPEG XL; convert it to PNG: djxl {0} {1}"),
     (0, b"\xff\xd8\xff", "a JPEG of another kind, or damaged" + CONVERT),
     (0, b"v/1\x01", "OpenEXR" + CONVERT), (0, b"#?RADIANCE", "Radiance HDR" + CONVERT),
-    (0, b"SDPX", "DPX" + CONVERT), (0, b"XPDS", "DPX" + CONVERT), (0, b"<svg", "SVG" + CONVERT),
-    (0, b"8BPS", "a Photoshop file of another kind; save it with 8 bits" + CONVERT),
-    (0, b"II*\0", "a TIFF with other pixels; save it as RGB or gray with 8 or 16 bits"),
-    (0, b"MM\0*", "a TIFF with other pixels; save it as RGB or gray with 8 or 16 bits"),
-    (0, b"version https://git-lfs", "a pointer of Git LFS; run git lfs pull"),
-    (0, b"<!doctype html", "a web page; download the picture again"),
-    (0, b"<html", "a web page; download the picture again"),
-    (0, b"{", "JSON, perhaps an error page; download the picture again"),
-    (0, b"\x1f\x8b", "compressed with gzip; unpack it"),
-    (0, b"\0\x05\x16\x07", "a sidecar file of macOS; remove it"))
+    (0, b"SDPX", "DPX" + CONVERT), (0, b"XPDS", "DPX" + CONVERT),
+    (0, b"8BPS", "a Photoshop file of another kind, or cut; save it with 8 bits"),
+    (0, b"II*\0", "a TIFF with other pixels, or cut; save it as RGB or gray with 8 or 16 bits"),
+    (0, b"MM\0*", "a TIFF with other pixels, or cut; save it as RGB or gray with 8 or 16 bits"))
 
 
 def _other_format(path: Path) -> str:
-    """What a file is that Pillow does not read, and what to do; "" for one that is not known."""
+    """What a file is that Pillow does not read, and what to do, as the end of a sentence."""
     with contextlib.suppress(OSError), open(path, "rb") as file:
-        start = file.read(64).lstrip()
-        for at, mark, what in FOREIGN_PICTURES:
-            if start[at:].startswith(mark) or mark[:1] == b"<" and start.lower().startswith(mark):
-                return what.format(shlex.quote(path.name), shlex.quote(f"{path.stem}.png"))
+        start = file.read(1000)
+        found = [what for at, mark, what in FOREIGN_PICTURES if start[at:].startswith(mark)]
+        what = "SVG" + CONVERT if b"<svg" in start else found[0] if found else no_media(start)
+        found = f": {what}" if what else "; if it is one" + CONVERT[1:]
+        return found.format(*_in_shell(path, ".png"))
     return ""
 
 
@@ -376,6 +428,7 @@ def load_image(path: str | Path, size: int) -> np.ndarray:
     crop. Raises BadFile."""
     with open_image(Path(path), decode=True) as image, _refusing("damaged picture"):
         profile = image.info.get("icc_profile")  # animated pictures open at their first frame
+        image = ImageOps.invert(image) if image.format == "XBM" else image  # Pillow takes its ink for white
         tags = getattr(image, "tag_v2", {})  # of a TIFF
         bits, inverted = min(tags.get(BITS_PER_SAMPLE, (16,))[0], 16), tags.get(PHOTOMETRIC) == 0
         image = _upright(image)
