@@ -1,5 +1,7 @@
 # Sourced by run_all_stages.sh and run_tests.sh: sets PYTHON to a Python that has everything in requirements.txt.
 # An environment that has it already is used as it is; otherwise .venv is made here and filled.
+# By itself, bash setup_env.sh, it does the same and says how to use that Python.
+cd "$(dirname "${BASH_SOURCE[0]}")" || exit
 
 satisfied() {  # does this Python have every package of requirements.txt in an accepted version?
     "$1" - requirements.txt >/dev/null 2>&1 <<'PY'
@@ -46,7 +48,7 @@ make_venv() {
     echo "setting up .venv with requirements.txt (once)"
     run "$1" -m venv .venv
     PYTHON=.venv/bin/python
-    local torch="torch==2.13.0"  # the version everything was run with; requirements.txt accepts newer ones
+    local torch="torch==2.13.0"  # the version everything was run with; requirements.txt accepts others
     if ! nvidia-smi >/dev/null 2>&1; then  # the CPU build is ten times smaller; without it, whatever pip finds
         run "$PYTHON" -m pip install --quiet --disable-pip-version-check --timeout 10 --retries 0 "$torch" \
             --index-url https://download.pytorch.org/whl/cpu >/dev/null 2>&1 || true
@@ -62,3 +64,9 @@ make_venv() {
 
 find_python
 echo "Python: $("$PYTHON" -c 'import sys; print(sys.executable, sys.version.split()[0])')"
+if [ "${BASH_SOURCE[0]}" = "$0" ]; then
+    case $PYTHON in
+        .venv/*) echo "use it: source $PWD/.venv/bin/activate" ;;
+        *) echo "it has everything; use it: $(command -v "$PYTHON") generate.py --help" ;;
+    esac
+fi
