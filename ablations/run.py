@@ -3,43 +3,47 @@
     python ablations/run.py                        # all of them; what is done is skipped
     python ablations/run.py --only tokens-1 ema    # these, and the default they are compared with
 
-default.json is configs/tiny.json with fewer steps; every other config differs from it in the one thing it
-asks about. A variant is trained through the stages named in VARIANTS and judged after the last of them,
-against the default after the same stage, paired by seed and clip. Intervals hold for other clips and other
-seeds (metrics.over_clips_and_seeds). Each stage's folder under --out keeps its judged-*.json, from which
-ablations/results.md is written.
-`appended` is train_stage1.py copied and changed by appended.patch."""
+default.json is configs/tiny.json with fewer steps. A variant NAME has a config NAME.json, which differs from
+it in the one thing it asks about, or a patch NAME.patch for a copy of a stage's script, or both. It is
+trained through the stages named in VARIANTS and judged after the last of them, against the default after the
+same stage, paired by seed and clip. Intervals hold for other clips and other seeds
+(metrics.over_clips_and_seeds). Each stage's folder under --out keeps its judged-*.json, from which a table is
+written. docs/own-ablations.md says how to add a variant."""
 
 import argparse
 import hashlib
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import clap2diffusion  # noqa: F401  (first: it ends in one sentence where packages are missing)
+
+# isort: split
 import numpy as np
 import soundfile
 import torch
 from scipy.stats import false_discovery_control
 
+import common
+import evaluate
+from clap2diffusion.base import files, hub, statistics, tensor_file
+from clap2diffusion.base.exits import RunFailed, UserError, run_main
+from clap2diffusion.base.settings import Number, new_parser
+from clap2diffusion.judging import metrics
+from clap2diffusion.judging.clips import Clips
+from clap2diffusion.judging.evaluation import Judged, Subject, follow_properties
+from clap2diffusion.judging.judge import Judge
+from clap2diffusion.pictures.generation import embed, load_clap
+from clap2diffusion.pictures.pipelines import load_base_pipeline
+from clap2diffusion.world import measure, sound_world
+
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-
-import common  # noqa: E402
-import evaluate  # noqa: E402
-from clap2diffusion.base import files, hub, statistics, tensor_file  # noqa: E402
-from clap2diffusion.base.exits import RunFailed, UserError, run_main  # noqa: E402
-from clap2diffusion.base.settings import Number, new_parser  # noqa: E402
-from clap2diffusion.judging import metrics  # noqa: E402
-from clap2diffusion.judging.clips import Clips  # noqa: E402
-from clap2diffusion.judging.evaluation import Judged, Subject, follow_properties  # noqa: E402
-from clap2diffusion.judging.judge import Judge  # noqa: E402
-from clap2diffusion.pictures.generation import embed, load_clap  # noqa: E402
-from clap2diffusion.pictures.pipelines import load_base_pipeline  # noqa: E402
-from clap2diffusion.world import measure, sound_world  # noqa: E402
-
 VARIANTS = {  # name: (question, stages trained); none: the default's stage 3 under another gate
     "tokens-1": ("1 audio token instead of 8", (1,)),
     "tokens-4": ("4 audio tokens", (1,)),
@@ -51,6 +55,9 @@ VARIANTS = {  # name: (question, stages trained); none: the default's stage 3 un
     "min-snr-5": ("Min-SNR 5 loss weights instead of the plain loss", (1,)),
     "windows-2": ("two CLAP windows a clip (of 8 s) instead of one", (1,)),
     "appended": ("audio tokens appended to the text tokens, instead of attended apart", (1,)),
+    "huber": ("Huber's loss (delta 0.1) instead of the squared error", (1,)),
+    "scalar": ("a trained scalar a layer on the audio attention's output", (1,)),
+    "lora-not-mid": ("stage 2 without LoRA in the mid block", (2,)),
     "no-lora": ("stage 2 without LoRA: the adapter alone trains on", (2,)),
     "ema": ("stage 2 with EMA 0.99", (2,)),
     "pinned-0.2": ("stages 1 and 2 pinned at 0.2 instead of 0.4", (1, 2, 3)),
@@ -84,25 +91,42 @@ def make_long_world(world: Path, out: Path) -> None:
     files.write_atomic(out / "metadata.jsonl", "".join(lines).encode())
 
 
+def patched_script(name: str, stage: int, folder: Path) -> Path:
+    """FOLDER/train_NAME.py, a copy of a stage's script changed by NAME.patch.
+    Raises RunFailed: the patch does not apply to today's script."""
+    original, patch = HERE.parent / f"train_stage{stage}.py", HERE / f"{name}.patch"
+    script = Path(shutil.copy(original, folder / f"train_{name}.py"))
+    done = subprocess.run(["git", "apply", "-p0", patch], cwd=folder)
+    if done.returncode or script.read_bytes() == original.read_bytes():
+        script.unlink()
+        raise RunFailed(f"{patch}: does not apply to {original.name} as it is today (git's words are above); "
+                        f"make the change in a copy of it, train_{name}.py, and write the patch anew: "
+                        f"diff -U1 {original.name} train_{name}.py > {patch}")
+    return script
+
+
 def train(name: str, seed: int, stages: tuple, out: Path, default: Path) -> Path:
     """Train a variant through its stages; returns the folder of the last one."""
-    run, config, copy = out / f"{name}-{seed}", HERE / f"{name}.json", HERE.parent / "train_appended.py"
+    run, own, patch = out / f"{name}-{seed}", HERE / f"{name}.json", HERE / f"{name}.patch"
+    config = own if own.exists() else HERE / "default.json"
     for stage in stages:
         script, more = f"train_stage{stage}.py", []
-        if name == "appended":
-            shutil.copy(HERE.parent / script, copy)
-            subprocess.run(["git", "apply", HERE / "appended.patch"], cwd=HERE.parent, check=True)
-            script, more = copy.name, ["--name", "stage1"]
+        # a patch's first line names the script that it changes
+        patched = patch.exists() and patch.read_text("utf-8").startswith(f"--- {script}")
+        if patched:  # in the run's folder: yours of this name, beside README.md, stays as it is
+            run.mkdir(parents=True, exist_ok=True)
+            script, more = patched_script(name, stage, run), ["--name", f"stage{stage}"]
         if name == "windows-2":
             make_long_world(Path(files.read_json(config)["common"]["data_root"]), out / "long")
-            more = ["--data-root", out / "long"]
+            more += ["--data-root", out / "long"]
         if stages[0] == 2:
-            more = ["--init-from", default / "stage1"]
+            more += ["--init-from", default / "stage1"]
         command = [script, "--config", config, "--seed", seed, "--run", run, *more]
         print("$ python", *command, flush=True)
-        if subprocess.run([sys.executable, *map(str, command)], cwd=HERE.parent).returncode:
+        done = subprocess.run([sys.executable, *map(str, command)], cwd=HERE.parent,
+                              env={**os.environ, "PYTHONPATH": str(HERE.parent)})
+        if done.returncode:
             raise RunFailed(f"{script}: failed, see above; the same command goes on from there")
-        copy.unlink(missing_ok=True)
     return run / f"stage{stages[-1]}"
 
 
@@ -188,6 +212,13 @@ def show(rows: list[list[dict]]) -> list[list[str]]:
     return [[cell(found) for found in row] for row in rows]
 
 
+def after_stage(stage: int, folders: dict[int, Path]) -> str:
+    """Which stage was judged, and the seeds of which the best weights are those that it began with."""
+    kept = [str(seed) for seed, folder in folders.items()
+            if files.read_json(folder / f"stage{stage}/result.json").get("best_step") == 0]
+    return f"stage {stage}" + f"; best is step 0 in seed {', '.join(kept)}" * bool(kept)
+
+
 def main() -> None:
     parser = new_parser(__doc__)
     add = parser.add_argument
@@ -195,6 +226,7 @@ def main() -> None:
     add("--seeds", nargs="+", type=Number(int, 0), default=[0, 1, 2], help="training seeds")
     add("--clips", type=Number(int, 15), default=100, help="test clips judged, each label by its share")
     add("--out", default="runs/ablations", help="folder of the runs")
+    add("--table", default="", help="file of the table ('' = results.md in --out)")
     args = parser.parse_args()
     out, settings = Path(args.out), files.read_json(HERE / "default.json")["common"]
     defaults = {seed: out / f"default-{seed}" for seed in args.seeds}
@@ -202,10 +234,12 @@ def main() -> None:
         train("default", seed, (1, 2, 3), out, folder)
     judged = Judged(Judge("assets/tiny/judge"),
                     Clips(settings["data_root"], "test", args.clips, settings["image_size"]))
-    head = [f"`python ablations/run.py`, seeds {', '.join(map(str, args.seeds))}, the same {args.clips} test "
-            "clips for each. In a cell: the mean over the seeds; its difference to the default after the "
-            "same stage, paired, with the 95 % interval over clips and seeds (min F'); each seed's own "
-            "difference. Bold: p < 0.05, corrected for the table's comparisons (Benjamini-Hochberg).", "",
+    only = "" if args.only == [*VARIANTS] else f" --only {' '.join(args.only)}"
+    head = [f"`python ablations/run.py{only}`, seeds {', '.join(map(str, args.seeds))}, the same "
+            f"{args.clips} test clips for each. In a cell: the mean over the seeds; its difference to the "
+            "default after the same stage, paired, with the 95 % interval over clips and seeds (min F'); "
+            "each seed's own difference. Bold: p < 0.05, corrected for the table's comparisons "
+            "(Benjamini-Hochberg).", "",
             f"| variant | judged after | {' | '.join(MEASURES.values())} | tanh(gate) |",
             "|---|---|" + "---|" * (len(MEASURES) + 1)]
     after, names, rows = {}, [], []
@@ -213,10 +247,11 @@ def main() -> None:
         after[stage] = [judge_run(folder / f"stage{stage}", "default", judged)
                         for folder in defaults.values()]
         cells = [f"{estimates(after[stage], key)[0].mean():.3f}" for key in MEASURES]
-        head.append(f"| default | stage {stage} | {' | '.join(cells)} | |")
+        head.append(f"| default | {after_stage(stage, defaults)} | {' | '.join(cells)} | |")
     for name in args.only:
         question, stages = VARIANTS[name]
         found, gates, last = [], [], (stages or (3,))[-1]
+        folders = {seed: out / f"{name}-{seed}" if stages else default for seed, default in defaults.items()}
         for seed, default in defaults.items():
             folder = train(name, seed, stages, out, default) if stages else default / "stage3"
             result = files.read_json(folder / "result.json")
@@ -226,9 +261,9 @@ def main() -> None:
             found.append(judge_run(folder, name, judged, gate))
             gates += [f"{result['tanh_gate'] if gate is None else gate:.2f}"] if last == 3 else []
         rows.append(compare(found, after[last]))
-        names.append((f"| {question} | stage {last} |", ", ".join(gates)))
+        names.append((f"| {question} | {after_stage(last, folders)} |", ", ".join(gates)))
         lines = [f"{begin} {' | '.join(row)} | {gates} |" for (begin, gates), row in zip(names, show(rows))]
-        files.write_atomic(HERE / "results.md", ("\n".join(head + lines) + "\n").encode())
+        files.write_atomic(Path(args.table or out / "results.md"), ("\n".join(head + lines) + "\n").encode())
         print(lines[-1], flush=True)
     print("\n".join(head + lines))
 
