@@ -26,7 +26,7 @@ def whitening(audio_embeds: Tensor) -> tuple[Tensor, Tensor]:
     variance v is near 1 / sqrt(v) where v is large, and 0 where v is 0. So nothing is amplified that training
     never saw. f is a tenth of the mean variance. Silent clips are zeros and no sounds; they are left out.
     Where all that is left sounds alike, there is nothing to whiten: the mean 0 and the identity, with a line
-    that says so."""
+    that says so; another line where the clips are too few for E directions."""
     x = audio_embeds[audio_embeds.any(-1)].double().cpu() * math.sqrt(audio_embeds.shape[-1])
     if len(x) < 2 or x.var(0).mean() < LEAST_VARIANCE:
         what = "all sound alike to CLAP" if len(x) else "all are silent"
@@ -35,6 +35,8 @@ def whitening(audio_embeds: Tensor) -> tuple[Tensor, Tensor]:
                   "no sound can be told from another; look at them with prepare_data.py check",
                   file=sys.stderr, flush=True)
         return torch.zeros_like(audio_embeds[0]).double().cpu(), torch.eye(audio_embeds.shape[-1]).double()
+    if (few := statistics.few_to_whiten(*x.shape)) and processes.first():
+        print(f"warning: {few}", file=sys.stderr, flush=True)
     variances, directions = torch.linalg.eigh(torch.cov(x.T))
     variances = variances.clamp(min=0)
     gain = variances.sqrt() / (variances + 0.1 * variances.mean())

@@ -3,11 +3,12 @@
     python evaluate.py --run runs/tiny                        # every test clip, RUN/evaluation.{json,md,html}
     python evaluate.py --run runs/tiny --against runs/other   # the same clips and noise in both, paired
     python evaluate.py --run runs/sd15 --judge google/siglip2-so400m-patch14-384 --clips 500
-    python evaluate.py --run runs/tiny --judge ''             # only samples.png and the report of the run
+    python evaluate.py --run runs/tiny --judge ''             # only the sheet and the report
 
 The judge (a SigLIP) first reads the real pictures; if it cannot, nothing is judged. Every clip keeps its
 starting noise for all sounds and runs. Pictures are kept in RUN/evaluation, so the same command goes on where
-it stopped. A run with three finished stages also gets samples.png, report.json, report.md and its adapter."""
+it stopped. A run with three finished stages also gets samples.png, report.json, report.md and its adapter;
+one stage's folder, such as runs/tiny/huber of a changed copy, gets report.png, report.json and report.md."""
 
 import argparse
 from pathlib import Path
@@ -24,6 +25,8 @@ def build_parser() -> argparse.ArgumentParser:
     # what is judged
     add("--run", default="runs/tiny", help="run or stage folder (its adapter.safetensors), or adapter file")
     add("--against", default="", help="another run to compare with, on the same clips and noise ('' = none)")
+    add("--allow-equal", action="store_true",
+        help="compare also an adapter with one of equal weights, where every difference is 0")
     add("--data-root", default="", help="folder with metadata.jsonl ('' = the one the run was trained on)")
     add("--split", choices=("train", "val", "test"), default="test", help="which clips")
     add("--clips", type=Number(int, 0), default=0, help="clips, each label by its share (0 = all)")
@@ -31,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"{QUICK_CLIPS} clips, no mixtures, half the noises: under two minutes on the default")
     # the judge
     add("--judge", default="assets/tiny/judge",
-        help="SigLIP model: folder or hub name ('' = none: only the sheet and the report of a finished run)")
+        help="SigLIP model: folder or hub name ('' = none: only the sheet and the report)")
     add("--min-judge", type=Number(float, 0, 1), default=0.9,
         help="share of real pictures that the judge must read right before it may judge")
     # the pictures
@@ -61,6 +64,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.guidance_sweep and args.split == "val":
         raise UserError("--guidance-sweep chooses on the validation clips, so they cannot judge its choice; "
                         "leave it or --split val out")
+    if args.against and not args.judge:
+        raise UserError(f"--against {args.against} needs a judge; give one with --judge, or leave it out")
     if args.guidance_sweep and args.against:
         raise UserError("--guidance-sweep chooses for one run, which would be unfair to the other; give "
                         "--guidance with --against")

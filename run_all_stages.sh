@@ -12,19 +12,11 @@ if [ "${1-}" = "--help" ] || [ "${1-}" = "-h" ]; then
     sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     exit 0
 fi
+in_tmux=
 if [ "${1-}" = "--tmux" ]; then
     shift
+    in_tmux=1
     command -v tmux >/dev/null || { echo "error: tmux is not installed; run this without --tmux" >&2; exit 2; }
-    if tmux has-session -t =clap2diffusion 2>/dev/null; then
-        echo "error: a tmux session named clap2diffusion runs already; attach to it: tmux attach -t clap2diffusion" >&2
-        exit 2
-    fi
-    tmux new-session -d -s clap2diffusion "bash run_all_stages.sh ${*:+$(printf '%q ' "$@")}; exec bash" || {
-        echo "error: tmux could not start a session (its own words are above); run this without --tmux" >&2
-        exit 1
-    }
-    echo "started in tmux; watch it with: tmux attach -t clap2diffusion"
-    exit 0
 fi
 
 config=configs/tiny.json
@@ -59,8 +51,50 @@ hand_on=
 plan=$("$PYTHON" tools/plan.py "$config" "$@")
 eval "$plan"  # sets RUN and the arrays DATA, EVALUATE, STAGE1, STAGE2, STAGE3, all quoted by Python
 
+start_in_tmux() {  # CONFIG [FLAGS]: the same chain in a session of its own. A pane stays when its run has ended
+    local panes pane code user folder environment stop="tmux kill-session -t clap2diffusion"
+    local come_back="tmux attach -t clap2diffusion"
+    if [ -n "${TMUX-}" ]; then come_back="tmux switch-client -t clap2diffusion"; fi
+    panes=$(tmux list-panes -s -t =clap2diffusion -F '#{pane_dead}|#{pane_dead_status}|#{pane_current_command}|#{session_path}' 2>/dev/null) || panes=
+    IFS='|' read -r pane code user folder <<<"${panes%%$'\n'*}"
+    if [ "$pane" = 0 ]; then
+        echo "error: tmux session clap2diffusion is running ($user in $folder); come back to it: $come_back; stop it: $stop" >&2
+        exit 2
+    elif [ "$pane" = 1 ]; then
+        echo "the run before it, in $folder, has ended${code:+ with exit code $code}; its screen makes room"
+        $stop
+    fi
+    environment=$(mktemp)  # a server that is there already would run this with its own variables
+    { (unset TERM TMUX TMUX_PANE; export -p); printf 'set --'; printf ' %q' "$@"; echo; } >"$environment"
+    # shellcheck disable=SC2016
+    tmux new-session -d -s clap2diffusion -c "$PWD" bash -c '. "$0"; rm -f "$0"; exec bash run_all_stages.sh "$@"' "$environment" \; \
+        set-option -w -t =clap2diffusion: remain-on-exit on || {
+        rm -f "$environment"
+        echo "error: tmux could not start a session (its own words are above); run this without --tmux" >&2
+        exit 1
+    }
+    printf '%s\n' "started in tmux; it goes on when this terminal is closed" "  come back: $come_back" \
+        "  leave it running: Ctrl-b, then d" "  stop it, which saves first: $stop"
+}
+
+if [ -n "$in_tmux" ]; then
+    start_in_tmux "$config" "$@"
+    exit
+fi
 if [ "${#DATA[@]}" -gt 0 ]; then run "$PYTHON" prepare_data.py "${DATA[@]}"; fi
 run "$PYTHON" train_stage1.py "${STAGE1[@]}"
 run "$PYTHON" train_stage2.py "${STAGE2[@]}"
-run "$PYTHON" train_stage3.py "${STAGE3[@]}"
+"$PYTHON" train_stage3.py "${STAGE3[@]}" &  # not by run, which ends the chain at any other code than 0
+child=$! verdict=0
+wait "$child" || verdict=$?
+child=
+no=([3]="the gate settled elsewhere" [4]="the gate walked away" [5]="in the window, the sound is not shown to help")
+if [ "$verdict" -gt 0 ]; then
+    [ -n "${no[verdict]-}" ] || exit "$verdict"
+    echo "stage 3's verdict is no (exit code $verdict): ${no[verdict]}; its adapter is finished and judged now"
+fi
 run "$PYTHON" evaluate.py --run "$RUN" --device "$DEVICE" "${EVALUATE[@]}"
+if [ "$verdict" -gt 0 ]; then
+    echo "error: $RUN: all is made and judged, but stage 3's verdict is no: ${no[verdict]}; its figures are above" >&2
+    exit "$verdict"
+fi

@@ -1,8 +1,13 @@
 #!/usr/bin/env bash
-# Set up as run_all_stages.sh does, then run the tests; arguments go to pytest: bash run_tests.sh -m slow
-# Two processes of one thread each: the scripts under test are small, and start-up is most of their time.
+# Set up as run_all_stages.sh does, then run the tests; arguments go to pytest.
+#
+#   bash run_tests.sh                                    # all of them but the long proofs
+#   bash run_tests.sh -m slow                            # the long proofs
+#   bash run_tests.sh tests/test_house.py -k small       # one file, of it the tests with that word; ::NAME works too
+#
+# Two processes of one thread each: the scripts under test are small. Each takes a file at a time, long ones first (conftest.py).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 . ./setup_env.sh
 export OMP_NUM_THREADS=1
-exec "$PYTHON" -m pytest tests -n 2 --dist loadfile "$@"
+exec "$PYTHON" -m pytest -n 2 "$@"

@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     from clap2diffusion.engine.stage import StageRun
 
     # device, output folder under its lock, features
-    run = StageRun(STAGE, cfg, models)
+    run = StageRun(STAGE, cfg, models, lr_at)
     if run.complete:
         return
     device, autocast, train, val = run.device, run.autocast, run.train, run.val
@@ -107,8 +107,8 @@ def main(argv: list[str] | None = None) -> None:
     optimizer = common.make_adamw(common.parameter_groups(weights, audio_proj=cfg.projection_lr_scale), cfg)
     ema = common.make_ema(parameters, cfg.ema_decay)
     dims = {"audio_embed": train.embed_dim, "num_tokens": cfg.num_tokens, "width": width}
-    progress = run.begin(weights, optimizer, unet, dims, ema)
     forward = functools.partial(predict, unet, audio_proj)  # for validation; model is the same for training
+    progress = run.begin(forward, weights, optimizer, unet, dims, ema)
     model = processes.wrap(forward, unet=unet, audio_proj=audio_proj, audio_attn=audio_attn)
     batches = run.batches()
 

@@ -7,6 +7,7 @@ first. With WATCH_STEPS=N it ends after N steps, whatever the script would do th
 common.validation_losses, whose losses of each clip it keeps. watched() calls it."""
 
 import argparse
+import itertools
 import json
 import os
 import runpy
@@ -17,24 +18,26 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from itertools import pairwise
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import clap2diffusion  # noqa: F401  (first: it ends in one sentence where packages are missing)
+
+# isort: split
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from tqdm import tqdm
 
+import common
+from clap2diffusion.base.device import peak_memory_mb
+from clap2diffusion.base.exits import RunFailed, run_main
+from clap2diffusion.base.files import write_atomic, write_json
+from clap2diffusion.base.progress import bar_options
+from clap2diffusion.base.settings import Number, new_parser
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-sys.path.insert(0, str(ROOT))
-
-import common  # noqa: E402
-from clap2diffusion.base.device import peak_memory_mb  # noqa: E402
-from clap2diffusion.base.exits import RunFailed, run_main  # noqa: E402
-from clap2diffusion.base.files import write_atomic, write_json  # noqa: E402
-from clap2diffusion.base.progress import bar_options  # noqa: E402
-from clap2diffusion.base.settings import Number, new_parser  # noqa: E402
-
 RUN, RESIDENT = "RUN", Path("/proc/self/clear_refs")
 TINY = ROOT / "assets/tiny/base", ROOT / "assets/tiny/clap"
 SHAPES = {  # channels of UNet and VAE, text width and heads, CLAP's width and depths
@@ -181,7 +184,7 @@ def watched(place: Path, *command, steps: int = 0) -> dict:
     seen = json.loads((place / "seen.json").read_text("utf-8"))
     seen |= {"first_s": seen["steps"][0], "peak_mb": seen["memory_mb"][-1]}
     if len(seen["steps"]) > 1:
-        seen["step_s"] = statistics.median(b - a for a, b in pairwise(seen["steps"]))
+        seen["step_s"] = statistics.median(b - a for a, b in itertools.pairwise(seen["steps"]))
     return seen
 
 

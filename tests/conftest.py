@@ -20,13 +20,35 @@ from pathlib import Path
 
 import pytest
 
+from clap2diffusion.base import packages
+
+# one sentence, instead of one traceback for each file of tests
+packages.check((*packages.NEEDED, "bitsandbytes", "matplotlib", "tensorboard", "scipy", "jinja2", "resvg_py",
+                "hypothesis"))
 ROOT = Path(__file__).resolve().parent.parent
 BASE, CLAP, JUDGE = (ROOT / "assets/tiny" / name for name in ("base", "clap", "judge"))
 ENV = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(ROOT)}
+LONG_FIRST = [f"test_{name}.py" for name in (
+    "readme", "evaluate", "faults_data", "verdict", "faults_signals", "stages", "faults_runs", "hub", "stock",
+    "generate", "golden", "terminals", "faults_config", "memory", "before", "parallel", "probe")]
 PATIENCE_S = 600  # a condition that a test waits for comes within it, on a busy machine too
 for signum in (signal.SIGHUP, signal.SIGINT):  # nohup, or an & in a script, has them ignored
     if signal.getsignal(signum) == signal.SIG_IGN:
         signal.signal(signum, signal.SIG_DFL)
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Files in the order of LONG_FIRST, then the rest: processes that take a file at a time end together."""
+    order = {name: place for place, name in enumerate(LONG_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With -n, a process takes a file at a time: its tests share what is made once, and follow in order."""
+    from xdist.scheduler import LoadFileScheduling
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
 
 
 def wait_for(condition, what: str, said=str, seconds: float = PATIENCE_S) -> None:
@@ -119,12 +141,15 @@ def ok(done: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
 
 @contextmanager
 def answer(bin_dir: Path):
-    """Inside, bin_dir holds a `python` that has the warm process run scripts; the real one runs all else."""
+    """Inside, bin_dir holds a `python` that has the warm process run scripts and pytest, the real one the
+    rest."""
     bin_dir.mkdir()
     folder = tempfile.TemporaryDirectory()  # not bin_dir: a socket's path may have 107 bytes
     place, client = f"{folder.name}/socket", ROOT / "tests/ask.py"
+    (bin_dir / "tests.py").write_text("import sys, pytest\nsys.exit(pytest.main())\n")
     for name in ("python", "python3"):
         (bin_dir / name).write_text(f'''#!/bin/sh
+if [ "$1 $2" = "-m pytest" ]; then shift 2; set -- "{bin_dir}/tests.py" "$@"; fi
 case "$1" in
     *.py) exec "{sys.executable}" -S "{client}" "{place}" "$@" ;;
     *) exec "{sys.executable}" "$@" ;;

@@ -13,6 +13,7 @@ import pytest
 from conftest import BASE, CLAP, ENV, PATIENCE_S, ROOT
 from faults import Case, check
 from safetensors.numpy import load_file, save_file
+from test_faults_data import folder, write_manifest
 
 STAGE = "train_stage1.py"
 
@@ -27,6 +28,23 @@ def config(content: str | bytes, name: str = STAGE):
 
 def flags(*given, name: str = STAGE):
     return lambda d: [name, *(d / one[2:] if str(one).startswith("d/") else one for one in given)]
+
+
+def dry_run(*given, name: str = STAGE):
+    """--dry-run on two training and two validation rows, with a run folder that is not there."""
+    def make(d: Path) -> list:
+        rows = folder(d / "data")
+        for row in rows[:2]:
+            row["split"] = "val"
+        write_manifest(d / "data", rows)
+        return flags("--dry-run", "--data-root", "d/data", "--run", "d/run", "--cache-dir", "d/cache",
+                     "--batch-size", "2", *given, name=name)(d)
+    return make
+
+
+def wrote_nothing(d: Path, done: subprocess.CompletedProcess) -> None:
+    assert {path.name for path in d.iterdir()} <= {"data"}
+    assert "downloading" not in done.stdout
 
 
 def folder_as_config(d: Path) -> list:
@@ -185,9 +203,23 @@ CONFIGS = [
          "error: --caption-drop 1 ({d}/c.json [stage1]), --audio-drop 0.05, --both-drop 0.05 are 1.1 "),
     Case("drops above 1 in stage 3", flags("--audio-drop", "0.6", name="train_stage3.py"), 2,
          "error: --caption-drop 0.5, --audio-drop 0.6, --both-drop 0 are 1.1 together"),
-    Case("drops of 1 that are not 1 in binary", flags(
-        "--caption-drop", "0.33", "--audio-drop", "0.56", "--both-drop", "0.11", "--dry-run"), 0,
+    Case("drops of 1 that are not 1 in binary", dry_run(
+        "--caption-drop", "0.33", "--audio-drop", "0.56", "--both-drop", "0.11"), 0,
          "caption_drop             0.33"),
+    Case("a dry run of a model that is not here", dry_run("--clap-model", "nobody/such_clap"), 0,
+         "CLAP model nobody/such_clap: not here; a run would look for it on the Hugging Face hub",
+         wrote_nothing),
+    Case("a dry run of stage 2 before stage 1", dry_run(name="train_stage2.py"), 0,
+         "starts from              {d}/run/stage1/final.safetensors, which is not there yet; run first: "
+         "python train_stage1.py --config configs/tiny.json --run {d}/run", wrote_nothing),
+    Case("a dry run with a wrong model", dry_run("--base-model", "none"), 2,
+         "error: base model 'none': there is no such folder here", wrote_nothing),
+    Case("a dry run into a file", dry_run("--run", "d/data/metadata.jsonl"), 2,
+         "error: {d}/data/metadata.jsonl/stage1: cannot be used as output folder ({d}/data/metadata.jsonl is "
+         "no folder)", wrote_nothing),
+    Case("a dry run with a wrong growth of rank",
+         dry_run("--rank-growth", "0", "9", name="train_stage2.py"), 2,
+         "error: --rank-growth 0 9: expected STEP RANK pairs that rise", wrote_nothing),
     Case("one validation clip", flags("--val-clips", "1"), 2,
          "error: --val-clips 1: validation compares each clip with another's sound; give at least 2"),
     Case("one validation clip by a config", config('{"common": {"val_clips": 1}}'), 2,

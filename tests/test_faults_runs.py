@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from clap2diffusion.base.tensor_file import digest, read_tensors, unflatten
+from clap2diffusion.pictures.inputs import adapter_facts
 
 
 @dataclass(frozen=True)
@@ -238,6 +239,146 @@ def finished(*flags):
     return make
 
 
+def stage_3(*flags, change=None):
+    """The finished stage 3 here, and beside it the stage 2 that it began from."""
+    def make(c: Place) -> list:
+        for n in (2, 3):
+            shutil.copytree(c.run / f"stage{n}", c.d / f"stage{n}")
+        if change:
+            change(c)
+        return c.stage(3, *flags)
+    return make
+
+
+def stage_3_begun(*flags):
+    """A stage 3 that begins from the finished run's stage 2."""
+    return lambda c: c.stage(3, "--init-from", c.run / "stage2", *flags)
+
+
+def by_other_code(stage_1, name: str):
+    """stage_1(c) makes the place and the command; then the header of the file `name` knows other code."""
+    def make(c: Place) -> list:
+        command, path = stage_1(c), c.d / "stage1" / name
+        header, tensors = read_tensors(path)
+        header.pop("sha256")
+        header["code"] |= {"script": "0" * 12, "clap2diffusion/engine/gone.py": "1" * 12}
+        header["sha256"] = digest(header, tensors)
+        save_file(tensors, path, {"clap2diffusion": json.dumps(header)})
+        return command
+    return make
+
+
+OTHER_CODE = "was made by other code than this: clap2diffusion/engine/gone.py, train_stage1.py changed since"
+
+
+def of_old(stage_1, *names: str):
+    """The same with headers and results as they were written before they held names, history and code."""
+    def make(c: Place) -> list:
+        command = stage_1(c)
+        for name in names:
+            header, tensors = read_tensors(c.d / "stage1" / name)
+            for key in ("sha256", "code", "name", "history", "best_step", "warning"):
+                header.pop(key, None)
+            save_file(tensors, c.d / "stage1" / name,
+                      {"clap2diffusion": json.dumps({**header, "sha256": digest(header, tensors)})})
+        return command
+    return make
+
+
+def says_nothing_of_code(d: Path, done) -> None:
+    assert "other code" not in done.stdout + done.stderr
+
+
+def as_it_was(d: Path, done) -> None:
+    """A finished stage 1 was neither trained on nor written anew."""
+    before_the_models(d, done)
+    for name in ("final.safetensors", "adapter.safetensors", "result.json", "config.json"):
+        assert (d / "stage1" / name).read_bytes() == (done.unbroken / "stage1" / name).read_bytes()
+
+
+def spelled_otherwise(c: Place) -> list:
+    return [*finished()(c), "--data-root", f"{c.world}/../{c.world.name}/", "--base-model",
+            os.path.relpath(BASE)]
+
+
+def moved_models(stage_1):
+    """Copies of both models, in another place."""
+    def make(c: Place) -> list:
+        shutil.copytree(CLAP, c.d / "clap")
+        shutil.copytree(BASE, c.d / "base")
+        return [*stage_1(c), "--clap-model", c.d / "clap", "--base-model", c.d / "base"]
+    return make
+
+
+def other_base_finished(c: Place) -> list:
+    command = other_base(c)
+    shutil.rmtree(c.d / "stage1")
+    shutil.copytree(c.run / "stage1", c.d / "stage1")
+    return command
+
+
+def learned_nothing(d: Path, done) -> None:
+    """It is the last line, and in the headers that the page and generate.py read."""
+    said = f"warning: {d}/stage1: {NOTHING}"
+    assert done.stderr.strip().splitlines()[-1].startswith(said)
+    assert said in (d / "stage1/log.txt").read_text()
+    result = json.loads((d / "stage1/result.json").read_text())
+    header, ours = read_tensors(d / "stage1/final.safetensors")
+    begun = load_file(d / "stage1/checkpoints/step-00000000.safetensors")
+    assert all(torch.equal(value, begun[key]) for key, value in ours.items())
+    facts = adapter_facts(d / "stage1/adapter.safetensors")
+    for found in (result, header, facts):
+        assert found["best_step"] == 0 and found["warning"].startswith(NOTHING)
+
+
+def began_from_nothing(c: Place) -> list:
+    ok(script(*c.stage(1, "--learning-rate", 0, "--steps", 1)))
+    return c.stage(2, "--steps", 1)
+
+
+def learned_nothing_before(c: Place) -> list:
+    """A finished stage of before results held a warning, by the step of its best weights alone."""
+    command = finished()(c)
+    path = c.d / "stage1/result.json"
+    result = json.loads(path.read_text())
+    path.write_text(json.dumps({**{k: v for k, v in result.items() if k != "warning"}, "best_step": 0}))
+    return command
+
+
+def has_gone_on(d: Path, done) -> None:
+    """To 12 steps; the result of ten is kept. hashes() has its files by their old names."""
+    assert json.loads((d / "stage1/result.json").read_text())["steps"] == 12
+    for name in ("result.json", "final.safetensors", "adapter.safetensors"):
+        assert (d / "stage1/ended-00000010" / name).read_bytes() == (
+            done.unbroken / "stage1" / name).read_bytes()
+
+
+def ended_early(c: Place) -> list:
+    """A finished stage 3 whose gate was in the window at step 10 of 50."""
+    command = stage_3("--steps", 40)(c)
+    for name, change in (("result", {"ended": "tanh(gate) in the window for 3 steps"}),
+                         ("config", {"steps": 50})):
+        path = c.d / f"stage3/{name}.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    return command
+
+
+def has_a_usable_adapter(verdict: str):
+    """The stage is finished whatever its verdict, and everything says which it was."""
+    def then(d: Path, done) -> None:
+        result = json.loads((d / "stage3/result.json").read_text())
+        facts = adapter_facts(d / "stage3/adapter.safetensors")
+        assert result["verdict"] == facts["verdict"] == verdict
+        assert facts["warning"] == result["warning"] and result["warning"] in done.stderr.splitlines()[-1]
+        assert result["stock_difference"] < 1e-4 and (d / "stage3/final.safetensors").exists()
+    return then
+
+
+def without_proof(d: Path, done) -> None:
+    has_a_usable_adapter("settled elsewhere")(d, done)
+    assert done.stderr.strip().splitlines()[-1].startswith(f"warning: {d}/stage3: settled elsewhere: ")
+
+
 def keeps_a_backup(d: Path, done) -> None:
     [backup] = d.glob("stage1.before-*")
     assert (backup / "final.safetensors").read_bytes() == (
@@ -335,6 +476,24 @@ def damaged_adapter(kind: str):
     return make
 
 
+def sent(script_name: str, **models):
+    """An adapter that came from another machine, where its base model or CLAP lay in another folder."""
+    def make(c: Place) -> list:
+        header, tensors = {}, {}
+        with safe_open(c.run / "stage3/adapter.safetensors", "np") as file:
+            header |= json.loads(file.metadata()["clap2diffusion"]) | models
+            tensors |= {key: file.get_tensor(key) for key in file.keys()}
+        header.pop("sha256")
+        header["sha256"] = digest(header, tensors)
+        (c.d / "given").mkdir()
+        save_file({key: torch.from_numpy(value) for key, value in tensors.items()},
+                  c.d / "given/adapter.safetensors", {"clap2diffusion": json.dumps(header)})
+        if script_name == "evaluate.py":
+            return [script_name, "--run", c.d / "given", "--data-root", c.world, "--quick"]
+        return generate(run="given")(c)
+    return make
+
+
 def other_clap(c: Place) -> list:
     shutil.copytree(CLAP, c.d / "clap")
     weights = c.d / "clap/model.safetensors"
@@ -418,8 +577,9 @@ def few_rows(c: Place) -> list:
     return c.stage(1, "--batch-size", 41, "--cache-dir", c.config.parent / "cache")
 
 
+FINISHED = "error: {d}/stage1: is finished, and was made with other settings than asked for now ("
+NOTHING = "best is step 0 by val_right: nothing that this stage learned is kept"
 RESUME = "{d}/stage1/checkpoints/step-00000009.safetensors: "
-FULL = 1_000_000
 CHECKPOINTS = [
     *(Case(f"{kind} newest checkpoint", damaged_newest(kind), 0,
            RESUME + says + "*; falling back to the one before", ends_as_the_unbroken)
@@ -500,6 +660,72 @@ FOLDERS = [
     Case("fewer steps asked for than are done", resumed("--steps", 4, "--allow-changed"), 0,
          "stage1: done (all steps)"),
     Case("the same command again when all is done", finished(), 0, "{d}/stage1: already complete"),
+    Case("another learning rate on a finished run", finished("--learning-rate", 0.5), 2,
+         FINISHED + "learning_rate 0.001 -> 0.5); give the old ones, begin anew with --fresh, which keeps a "
+         "backup, or keep it as it is with --allow-changed", as_it_was),
+    Case("several changes on a finished run, the whitening among them", finished(
+        "--no-whiten", "--seed", 3, "--batch-size", 2), 2, FINISHED + "batch_size 4 -> 2; seed 0 -> 3; "
+        "whiten True -> False); give the old ones", as_it_was),
+    Case("another learning rate on a finished run, allowed",
+         finished("--learning-rate", 0.5, "--allow-changed"), 0, "{d}/stage1: already complete; made with "
+         "other settings than asked for now: learning_rate 0.001 -> 0.5 (--fresh begins anew", as_it_was),
+    Case("other places and logs on a finished run",
+         finished("--log-every", 3, "--workers", 1, "--samples", 2), 0,
+         "{d}/stage1: already complete (--fresh", as_it_was),
+    Case("the same folders, spelled otherwise, on a finished run", spelled_otherwise, 0,
+         "{d}/stage1: already complete (--fresh", as_it_was),
+    Case("the same models in another place, on a finished run", moved_models(finished()), 0,
+         "{d}/stage1: already complete (--fresh", as_it_was),
+    Case("the same models in another place, on a resumed run", moved_models(resumed()), 0,
+         "resuming at step 9", ends_as_the_unbroken),
+    Case("another base model in a finished run", other_base_finished, 2, "error: {d}/stage1: is finished, "
+         "and belongs to models *; give the --base-model and --clap-model it was trained with", as_it_was),
+    Case("more steps on a finished run whose rate falls to its end", finished("--steps", 20), 2,
+         FINISHED + "steps 10 -> 20); the schedule of the learning rate depends on --steps, so the steps "
+         "that are done would differ; give the old ones, begin anew with --fresh, which keeps a backup, or "
+         "go on with the new ones with --allow-changed", as_it_was),
+    Case("more steps on a finished run whose rate falls to its end, allowed",
+         finished("--steps", 12, "--allow-changed", "--samples", 0), 0, "{d}/stage1: is finished, and goes "
+         "on from step 10 to step 12; its result of step 10 goes to {d}/stage1/ended-00000010",
+         has_gone_on),
+    Case("fewer steps on a finished run", finished("--steps", 4), 2,
+         FINISHED + "steps 10 -> 4); 10 steps are done already; give the old ones, begin anew with --fresh, "
+         "which keeps a backup, or keep it as it is with --allow-changed", as_it_was),
+    Case("more steps and another setting on a finished stage 3", stage_3("--steps", 12, "--seed", 1), 2,
+         "error: {d}/stage3: is finished, and was made with other settings than asked for now (seed 0 -> 1; "
+         "steps 10 -> 12); give the old ones"),
+    Case("more steps on a finished stage 3 without its checkpoints",
+         stage_3("--steps", 12, change=lambda c: shutil.rmtree(c.d / "stage3/checkpoints")), 2,
+         "error: {d}/stage3/checkpoints: holds no checkpoint to go on from to step 12; give --steps 10"),
+    Case("more steps on a stage 3 that ended by itself", ended_early, 0, "{d}/stage3: already complete; it "
+         "ended at step 10 by itself (tanh(gate) in the window for 3 steps): --steps 40 changes nothing"),
+    Case("another script on a finished run", by_other_code(finished(), "final.safetensors"), 0,
+         "warning: {d}/stage1/final.safetensors: " + OTHER_CODE),
+    Case("another script on a resumed run",
+         by_other_code(resumed(), "checkpoints/step-00000009.safetensors"), 0,
+         "warning: " + RESUME + OTHER_CODE, ends_as_the_unbroken),
+    Case("a finished run from before the code was noted", of_old(finished(), "final.safetensors"), 0,
+         "{d}/stage1: already complete (--fresh", says_nothing_of_code),
+    Case("a resumed run from before the code was noted",
+         of_old(resumed(), "checkpoints/step-00000009.safetensors"), 0, "resuming at step 9",
+         says_nothing_of_code),
+    Case("more steps on a resumed run whose rate falls to its end", resumed("--steps", 20), 2,
+         RESUME + "was made with other settings (steps 10 -> 20)"),
+    Case("a stage that learns nothing", lambda c: c.stage(1, "--learning-rate", 0, "--steps", 2), 0,
+         "warning: {d}/stage1: " + NOTHING, learned_nothing),
+    Case("a stage 2 that begins from a stage 1 that learned nothing", began_from_nothing, 0,
+         "warning: {d}/stage1/final.safetensors: " + NOTHING),
+    Case("a finished run of before, which learned nothing", learned_nothing_before, 0,
+         "warning: {d}/stage1: " + NOTHING),
+    Case("a gate that ends outside the window", stage_3_begun("--steps", 2, "--require-proof"), 3,
+         "error: {d}/stage3: settled elsewhere: the gate has not come into the window, and *: tanh(gate) 0.* "
+         "after 2 steps, the window is [0.35, 0.45]; over the last 2 steps it was between *; the adapter is "
+         "finished and carries this as a warning; see sweep.png there",
+         has_a_usable_adapter("settled elsewhere")),
+    Case("the same, without a proof", stage_3_begun("--steps", 2), 0, "stage3: done (all steps, outside the "
+         "window)", without_proof),
+    Case("a window in which no gate can be", lambda c: c.stage(3, "--window-low", 0.5), 2,
+         "error: --window-low 0.5 is not below --window-high 0.45: no gate could come into the window"),
     Case("a fresh start over a finished run", finished("--fresh", "--steps", 1, "--samples", 0), 0,
          "{d}/stage1: the old run is kept in {d}/stage1.before-", keeps_a_backup),
     Case("fewer rows than a batch", few_rows, 2, "has 40 rows, fewer than a batch of 41"),
@@ -528,6 +754,16 @@ PICTURES = [
       for kind in ("truncated", "empty", "another program's", "a pickle as")),
     Case("one bit flipped in the adapter", damaged_adapter("one bit flipped in the"), 2,
          "error: {d}/given/adapter.safetensors: its content does not match its SHA-256", no_picture),
+    Case("an adapter whose base model lies elsewhere now", sent("generate.py", base_model="/theirs/base"), 2,
+         "error: base model '/theirs/base': there is no such folder *; {d}/given/adapter.safetensors was "
+         "trained with it: if it lies elsewhere now, say where with --base-model", no_picture),
+    Case("an adapter whose CLAP lies elsewhere now", sent("generate.py", clap_model="/theirs/clap"), 2,
+         "error: CLAP model '/theirs/clap': there is no such folder *; {d}/given/adapter.safetensors was "
+         "trained with it: if it lies elsewhere now, say where with --clap-model", no_picture),
+    Case("judging an adapter whose base model lies elsewhere now",
+         sent("evaluate.py", base_model="/theirs/base"), 2, "say where with --base-model"),
+    Case("judging an adapter whose CLAP lies elsewhere now",
+         sent("evaluate.py", clap_model="/theirs/clap"), 2, "say where with --clap-model"),
     Case("another CLAP than the adapter's", other_clap, 2,
          "error: {d}/clap: is CLAP *, but * was trained with CLAP ", no_picture),
     Case("a sound that is missing", generate_from(lambda p: None), 2,
@@ -560,11 +796,15 @@ PICTURES = [
          lambda c: ["prepare_data.py", "tuxpaint", "--stamps", c.d, "--out", c.d / "out"], 2,
          "error: {d}: holds no stamps with sounds; install them: "),
 ]
-FULL_DISKS = [  # (case, bytes after which the disk is full)
+FULL_DISKS = [  # (case, bytes at which the disk is full); an adapter has 7,023,912, best weights 7,026,540
     (Case("a disk that is full at a checkpoint", resumed(), 1,
-          "error: no space left in {d}/stage1/checkpoints, * MB needed for step-00000009.safetensors"), FULL),
+          "error: no space left in {d}/stage1/checkpoints, * MB needed for step-00000009.safetensors"),
+     10_000_000),
     (Case("a disk that is full at the best weights", lambda c: c.stage(1), 1,
-          "error: no space left in {d}/stage1, * MB needed for best.safetensors"), 100_000),
+          "error: no space left in {d}/stage1, * MB needed for best.safetensors"), 7_025_000),
+    (Case("a disk that is full before the first step", lambda c: c.stage(1), 1,
+          "error: {d}/stage1: tried before training, with every weight that trains moved: no space left in "
+          "{d}/stage1, * MB needed for unproven.safetensors"), 100_000),
     (Case("a disk that is full at the feature cache", lambda c: c.stage(1, "--cache-dir", c.d / "cache"), 1,
           "error: no space left in {d}/cache/*, * MB needed for "), 100_000),
     (Case("a disk that is full while the data are made", world_into(lambda p: None), 1,
@@ -580,7 +820,7 @@ LIMITS = {case.fault: limit for case, limit in FULL_DISKS}
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_case(case, tmp_path, run, config, world):
     command = case.make(Place(tmp_path, run, config, world))
-    before = {} if "--fresh" in command else hashes(tmp_path)
+    before = {} if "--fresh" in command or case.then is has_gone_on else hashes(tmp_path)
     done = script(*command, file_limit=LIMITS.get(case.fault, 0))
     done.unbroken = run
     check(case, done, tmp_path, before, REPLACED if case.code == 0 or "every" in case.fault else ())

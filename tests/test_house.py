@@ -16,7 +16,8 @@ LAYERS = ["base", "common", "dataset", "pictures", "engine", "judging", "world"]
 STAGES = ["train_stage1.py", "train_stage2.py", "train_stage3.py"]
 # all Python files beside README.md
 HALL = [*STAGES, "common.py", "generate.py", "evaluate.py", "prepare_data.py"]
-MOST_LINES = {**dict.fromkeys(STAGES, 170), "common.py": 450, "README.md": 250}
+MOST_LINES = {**dict.fromkeys(STAGES, 170), "common.py": 450, "README.md": 250,
+              "clap2diffusion/__init__.py": 5}
 PAGE_LINES, MAIN_LINES = 300, 90
 
 
@@ -87,7 +88,7 @@ def faults_of_sizes(root: Path) -> list[str]:
         lines = main.end_lineno - main.lineno + 1
         if lines > MAIN_LINES:
             found.append(f"main of {name} has {lines} lines, expected at most {MAIN_LINES}")
-    for path in root.glob("clap2diffusion/**/__init__.py"):
+    for path in root.glob("clap2diffusion/*/__init__.py"):
         if len(ast.parse(path.read_text()).body) != 1 or len(path.read_text().splitlines()) != 1:
             found.append(f"{path.relative_to(root)} holds more than one line that says what is in the room")
     return found
@@ -130,7 +131,9 @@ BREAKS = [  # (what is done, the file, what is added to it, what is said of it)
     ("a long page", "docs/new.md", "\n" * 301, "docs/new.md has 301 lines, expected at most 300"),
     ("another file in the hall", "helpers.py", "", "helpers.py is not one of the hall's files"),
     ("code in an __init__.py", "clap2diffusion/base/__init__.py", "x = 1\n",
-     "base/__init__.py holds more than")]
+     "base/__init__.py holds more than"),
+    ("more than the check of packages at the package's door", "clap2diffusion/__init__.py", "\nx = 1\n",
+     "clap2diffusion/__init__.py has 7 lines, expected at most 5")]
 
 
 @pytest.mark.parametrize("what, file, added, said", BREAKS, ids=[b[0] for b in BREAKS])

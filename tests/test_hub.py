@@ -686,11 +686,25 @@ def test_what_the_hub_refuses_is_told_apart(name, says, local_hub, tmp_path):
     assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith(says), done.stderr
 
 
-def test_no_network_is_told_within_five_seconds(tmp_path):
-    began = time.monotonic()
+def test_no_network_is_told(tmp_path):
     done = resolve("someone/clap", "CLAP model", "http://127.0.0.1:9", tmp_path / "home")
-    assert done.returncode == 2 and time.monotonic() - began < 5 + 2, time.monotonic() - began  # 2 s to start
+    assert done.returncode == 2
     assert "is neither a folder here nor in the local model cache, and the hub gave no copy" in done.stderr
+
+
+def test_a_hub_that_does_not_answer_is_waited_for_once_and_for_less_than_five_seconds(monkeypatch):
+    """By what is asked of the hub's client; by a clock it would depend on what else the machine does."""
+    waits = []
+
+    class Silent:
+        def get(self, *args, timeout, **more):
+            waits.append(timeout)
+            raise TimeoutError
+    monkeypatch.setattr(huggingface_hub.hf_api, "get_session", Silent)
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"it sleeps {seconds} s"))
+    with pytest.raises(UserError, match="the hub gave no copy"):
+        hub.resolve_model("someone/clap", "CLAP model")
+    assert len(waits) == 1 and 0 < waits[0] < 5
 
 
 def test_a_copy_in_the_cache_that_is_not_whole_is_told(local_hub, tmp_path):

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from clap2diffusion.base.statistics import RESAMPLES, bootstrap, interval, stratified, summary
+from clap2diffusion.base.statistics import (
+    RESAMPLES,
+    bootstrap,
+    few_to_whiten,
+    interval,
+    stratified,
+    summary,
+)
 from clap2diffusion.judging.metrics import (
     cmmd,
     compare,
@@ -215,3 +222,28 @@ def test_compare_is_paired_and_its_n_needed_would_show_the_difference():
     shown = [compare(bootstrap(rng.standard_normal(small["n_needed"]) + effect),
                              (0.0, np.zeros(RESAMPLES)), small["n_needed"])["verdict"] for _ in range(20)]
     assert shown.count("A better") >= 10  # 80 % power
+
+
+def test_few_clips_get_no_verdict_and_a_difference_of_rounding_needs_no_clips():
+    draws = np.linspace(0.5, 0.6, RESAMPLES), np.linspace(0.1, 0.2, RESAMPLES)
+    assert compare((0.55, draws[0]), (0.15, draws[1]), 10)["verdict"] == "A better"
+    assert compare((0.55, draws[0]), (0.15, draws[1]), 9)["verdict"] == "too few clips (9) to tell"
+    for tiny in (1e-17, 5e-324):
+        noise = RNG.standard_normal(RESAMPLES)
+        assert compare((tiny, noise), (0.0, 0 * noise), 50)["n_needed"] is None
+
+
+def test_a_whitening_that_few_clips_cannot_fill_is_said(capsys):
+    import torch
+
+    from common import whitening
+    embeds = torch.nn.functional.normalize(torch.randn(600, 512, generator=torch.Generator().manual_seed(0)))
+    whitening(embeds[:22])
+    said = "22 training clips meet a whitening of 512 directions: they span at most 21"
+    assert f"warning: {said}" in capsys.readouterr().err and few_to_whiten(22, 512).startswith(said)
+    embeds[30:] = 0  # silence is no sound to span anything
+    whitening(embeds)
+    assert "warning: 30 training clips meet a whitening of 512" in capsys.readouterr().err
+    whitening(torch.nn.functional.normalize(torch.randn(600, 512)))
+    assert capsys.readouterr().err == "" == few_to_whiten(513, 512)
+    assert few_to_whiten(512, 512)  # they span 511

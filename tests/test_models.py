@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import importlib
 import math
 from contextlib import nullcontext
@@ -23,6 +24,7 @@ from diffusers import (
 from safetensors.torch import load_file
 
 import common
+import train_stage1
 from clap2diffusion.base.exits import RunFailed, UserError
 from clap2diffusion.base.statistics import interval
 from clap2diffusion.dataset.encoders import CLAPAudioEncoder
@@ -161,6 +163,13 @@ def test_projection_equals_float64_and_has_clip_sized_tokens():
 
 HEADER = {"stage": "stage2", "step": 1, "base_model": "", "clap_model": "", "fingerprints": {}, "dims": {},
           "settings": {"image_size": 64}}
+
+
+def checked(path, unet, weights, batch) -> float:
+    predict = functools.partial(train_stage1.predict, unet, weights["audio_proj"])
+    return check_export(path, BASE, predict, weights, unet, batch)
+
+
 LORA_COUNTS = 0.1  # without LoRA every prediction below is further off than this
 
 
@@ -191,12 +200,12 @@ def test_check_export_fails_on_a_broken_file(unet, tmp_path, monkeypatch, broken
     path, layout = tmp_path / "adapter.safetensors", pipelines.stock_layout
     weights = {"audio_proj": audio_proj, "audio_attn": audio_attn}
     write_adapter(path, weights, ours, HEADER)
-    assert check_export(path, BASE, weights, ours, inputs(unet)) < 1e-4
+    assert checked(path, ours, weights, inputs(unet)) < 1e-4
     monkeypatch.setattr(pipelines, "stock_layout", lambda *a: {
         key: value * (1.5 if broken in key else 1) for key, value in layout(*a).items()})
     write_adapter(path, weights, ours, HEADER)
     with pytest.raises(RunFailed, match="differs from ours"):
-        check_export(path, BASE, weights, ours, inputs(unet))
+        checked(path, ours, weights, inputs(unet))
 
 
 def test_check_export_fails_on_a_file_without_the_lora(unet, tmp_path, monkeypatch):
@@ -208,7 +217,7 @@ def test_check_export_fails_on_a_file_without_the_lora(unet, tmp_path, monkeypat
         key: value for key, value in layout(*a).items() if "_lora." not in key})
     write_adapter(path, weights, ours, HEADER)
     with pytest.raises(RunFailed, match="differs from ours"):
-        check_export(path, BASE, weights, ours, inputs(unet))
+        checked(path, ours, weights, inputs(unet))
 
 
 def test_export_with_a_unet_held_in_bf16_is_compared_with_the_base_in_float32(unet, tmp_path):
@@ -218,7 +227,8 @@ def test_export_with_a_unet_held_in_bf16_is_compared_with_the_base_in_float32(un
     path = tmp_path / "adapter.safetensors"
     weights = {"audio_proj": audio_proj, "audio_attn": audio_attn}
     write_adapter(path, weights, ours, HEADER)
-    assert check_export(path, BASE, weights, ours, inputs(unet)) < 1e-4
+    assert checked(path, ours, weights, inputs(unet)) < 1e-4
+    ours = ours.float()
     with_lora = forward(ours, audio_proj, inputs(unet))
     ours.disable_adapters()
     assert apart(forward(ours, audio_proj, inputs(unet)), with_lora) > LORA_COUNTS

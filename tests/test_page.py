@@ -83,7 +83,7 @@ def evaluation(tmp_path) -> dict:
     (tmp_path / "b").mkdir()
     return {"format": 1, "run": f"runs/{HOSTILE}", "adapter": "adapter.safetensors",
             "data_root": "data/world",
-            "split": "test", "n": 5, "n_single": 4, "n_pairs": 1, "quick": False,
+            "split": "test", "n": 5, "n_single": 4, "n_pairs": 1, "labelled": True, "quick": False,
             "trained": {"stage": "stage3", "step": 4321, "base_model": "base", "clap_model": "clap",
                         "tanh_gate": 0.4242},
             "settings": {"guidance": 5.5, "steps": 27, "seed": 12, "gate": None, "precision": "fp32",
@@ -104,10 +104,16 @@ def evaluation(tmp_path) -> dict:
                      "strips": [{"clip": 0, "gates": [0.0, 0.5, 1.0],
                                  "paths": [clip["right"]["picture"] for clip in clips[:3]]}]},
             "clips": clips, "warnings": [f"low diversity {HOSTILE}"],
-            "training": {"stage1": make_log(), "stage2": make_log(), "stage3": {
-                **make_log(), "sweep_before": old_sweep, "sweep_after": sweep, "tanh_gate": 0.4242,
-                "window": [0.35, 0.45]}},
+            "training": {"missing": "", "stages": [
+                {"name": "stage1", "stage": "stage1", "folder": "runs/a/stage1", **make_log(),
+                 "best_step": 30},
+                {"name": "huber", "stage": "stage2", "folder": f"runs/{HOSTILE}/huber", **make_log(),
+                 "best_step": 0},
+                {"name": "stage3", "stage": "stage3", "folder": "runs/b/stage3", **make_log(),
+                 "sweep_before": old_sweep, "sweep_after": sweep, "tanh_gate": 0.4242,
+                 "window": [0.35, 0.45]}]},
             "against": {"run": f"runs/other {HOSTILE}", "measures": found, "comparison": comparison,
+                        "equal": "Equal in A and B: projection; not equal: K/V, LoRA, gate",
                         "clips": make_clips(tmp_path / "b", 300)},
             "guidance_sweep": [{"guidance": 5.5, "n": 77, "iis_win_rate": three(0.888)}],
             "git_commit": "0123456789abcdef-dirty"}
@@ -252,7 +258,8 @@ def test_a_missing_or_broken_file_leaves_a_note_in_its_place(evaluation, damage)
 def test_what_an_evaluation_may_lack(evaluation):
     for key in ("properties", "mixes", "against"):
         del evaluation[key]
-    evaluation |= {"training": {}, "diversity": {}, "gate": {"tanh_gate": 0.0, "strips": []}, "warnings": [],
+    evaluation["training"] = {"missing": "", "stages": []}
+    evaluation |= {"diversity": {}, "gate": {"tanh_gate": 0.0, "strips": []}, "warnings": [],
                    "quick": True}
     evaluation["judge"]["accuracy"] = {}
     for clip in evaluation["clips"]:
@@ -294,6 +301,42 @@ def test_the_sheet_shows_every_label_first_and_pairs_too():
     found = pick(*many, *pairs)
     assert len({*found[:27]} & {*many}) == 27 and len({*found[27:]} & {*pairs}) == 3
     assert found[:27] != sorted(many[:27])  # by seed, not the first ones
+
+
+def test_the_training_shown_is_that_of_the_adapter_alone(evaluation):
+    text = html.unescape(section(evaluation, "training"))
+    assert re.findall(r"<h3>(.*?)</h3>", text) == ["stage 1", "huber, a stage 2", "stage 3"]
+    assert f"best at step 0; runs/{HOSTILE}/huber" in text and "best at step 30; runs/a/stage1" in text
+    assert "window" in section(evaluation, "gate")
+    evaluation["training"]["stages"].pop()  # judged is stage 2: no sweep, and its gate was not learned
+    evaluation["trained"]["stage"] = "stage2"
+    gate = " ".join(section(evaluation, "gate").split())
+    assert "<svg" not in gate and "was trained with it held at 0.424" in gate
+    evaluation["training"] = {"missing": f"{HOSTILE} is not there", "stages": []}
+    assert f"{HOSTILE} is not there." in html.unescape(section(evaluation, "training"))
+
+
+def test_what_two_runs_share_stands_above_their_comparison(evaluation):
+    said = evaluation["against"]["equal"]
+    assert f"{said}.</p>" in html.unescape(section(evaluation, "against"))
+    assert f"{said}." in page.TEMPLATES.get_template("evaluation.md.j2").render(e=evaluation)
+    evaluation["against"]["equal"] = ""
+    assert "hold equal weights" not in section(evaluation, "against")
+
+
+def test_a_row_of_few_clips_is_marked(evaluation):
+    assert "too few" not in page.render(evaluation).lower()
+    evaluation["measures"]["top1_en"]["n"] = 9
+    assert "241</td>" in section(evaluation, "measures")
+    assert section(evaluation, "measures").count("<td>9<small>too few</small></td>") == 1
+    assert "below 10 clips an interval is too narrow" in section(evaluation, "measures")
+    assert "Too few clips (9) to tell anything." in lead(evaluation)
+    assert "| 9 (few) |" in page.TEMPLATES.get_template("evaluation.md.j2").render(e=evaluation)
+
+
+def test_a_caption_with_a_plus_is_one_class():
+    assert page.verdict("a dog + rain", "a dog + rain") == "✓ a dog  +  rain"
+    assert page.verdict("a dog + rain", "fire", "a dog + rain").startswith("↪")
 
 
 def test_verdicts_are_marked_by_a_sign():

@@ -77,6 +77,42 @@ def test_the_commands_are_found():
     assert COMMANDS[1] == "bash run_tests.sh"
 
 
+def heading_anchor(heading: str) -> str:
+    """The name that GitHub gives to a heading."""
+    return re.sub(r"[^\w -]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def test_links_lead_to_pages_and_headings():
+    paths, wrong = [ROOT / "README.md", *ROOT.glob("docs/*.md")], []
+    for path in paths:
+        text = re.sub(r"```.*?```", "", path.read_text(), flags=re.S)
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            name, _, anchor = link.partition("#")
+            target = (path.parent / name).resolve() if name else path
+            if link.startswith("http"):
+                continue
+            headings = ([heading_anchor(one) for one in re.findall(r"^#+ (.*)$", target.read_text(), re.M)]
+                        if anchor and target.exists() else [])
+            if not target.exists() or anchor and anchor not in headings:
+                wrong.append(f"{path.name}: {link}")
+    assert not wrong
+
+
+QUESTIONS = {  # what a new user asks first, and what the answer must hold
+    "downloaded": "5 GB", "how long": "docs/speed.md#", "log out": "tmux attach", "tokens": "--num-tokens",
+    "two GPUs": "torchrun", "TensorBoard": "--logdir", "friend": "docs/use.md#", "ablation": "own-ablations"}
+
+
+def test_the_readme_answers_the_first_questions_in_one_table():
+    [table] = re.findall(r"^## I want to \.\.\.\n\n(.*?)\n\n", README, re.S | re.M)
+    rows = table.splitlines()[2:]
+    for question, here in QUESTIONS.items():
+        [row] = [row for row in rows if question in row.split("|")[1]]
+        assert here in row.split("|")[2], row
+    pages = {path.name for path in ROOT.glob("docs/*.md")}
+    assert pages == set(re.findall(r"docs/([\w-]+\.md)", table))  # every page is reached from here
+
+
 @pytest.mark.parametrize("command", [
     pytest.param(one, marks=pytest.mark.slow) if one.startswith("bash run_all_stages.sh configs/") else one
     for one in COMMANDS])
@@ -87,9 +123,14 @@ def test_command(command, copy):
         pytest.skip("Debian's tuxpaint-stamps-default is not installed")
     if "run_tests.sh" in command:
         command += " --collect-only -q -n 0"  # the tests themselves are running already
+    if "tensorboard" in command:
+        command += " --inspect"  # it would serve for ever
     if "ablations/run.py" in command or "bench/" in command:
         pytest.skip("takes long; tests/test_slow.py runs it small")
     done = run(command, copy)
+    if command.startswith("bash run_tests.sh --collect"):
+        assert all(f"tests/{path.name}::" in done.stdout
+                   for path in ROOT.glob("tests/test_*.py") if path.name != "test_slow.py")
     if command == COMMANDS[0]:
         assert "runs/tiny/samples.png" in done.stdout and (copy / "runs/tiny/report.md").exists()
         assert "zero-shot top-1, English" in done.stdout and (copy / "runs/tiny/evaluation.html").exists()
@@ -98,6 +139,15 @@ def test_command(command, copy):
         (copy / "configs/tiny.json").write_text(json.dumps(config))
         again = run(command, copy)
         assert again.stdout.count("already complete") == 4  # the data and the three stages
+
+
+@pytest.mark.parametrize("more, count", [("", 16), (" -k stays_small", 1),
+                                         ("::test_what_is_read_first_stays_small", 1)])
+def test_a_file_given_to_run_tests_is_what_it_runs(more, count, copy):
+    done = run(f"bash run_tests.sh tests/test_house.py{more} --collect-only -q -n 0", copy)
+    found = [line for line in done.stdout.splitlines() if "::" in line]
+    assert len(found) >= count and all(line.startswith("tests/test_house.py::") for line in found)
+    assert count > 1 or len(found) == 1
 
 
 def test_readme_python(copy):

@@ -35,13 +35,13 @@ def test_ablations_run_small(tmp_path):
         for stage in ("stage1", "stage2", "stage3"):
             config[stage] |= {"steps": 3}
         path.write_text(json.dumps(config))
-    names = ["tokens-1", "windows-2", "appended", "no-lora", "gate-0"]
+    names = ["tokens-1", "windows-2", "appended", "scalar", "no-lora", "gate-0"]
     command = [sys.executable, "ablations/run.py", "--seeds", "0", "--clips", "20", "--only", *names]
     for _ in range(2):
         done = ok(subprocess.run(command, cwd=place, capture_output=True, text=True))
-    assert done.stdout.count("already complete") == 7
+    assert done.stdout.count("already complete") == 8
     from ablations.run import VARIANTS  # which loads torch; the suite collects this file as well
-    table = (place / "ablations/results.md").read_text().splitlines()[4:]
+    table = (place / "runs/ablations/results.md").read_text().splitlines()[4:]
     rows = [[cell.strip(" *") for cell in line.strip("| ").split(" | ")] for line in table if line]
     variants = [row for row in rows if row[0] != "default"]
     assert [row[0] for row in variants] == [VARIANTS[name][0] for name in names]

@@ -110,6 +110,70 @@ def test_the_longest_name_can_be_written(tmp_path):
     assert (tmp_path / ("n" * 255)).read_text("utf-8") == KOREAN and len(list(tmp_path.iterdir())) == 1
 
 
+# --- what a stage shows -------------------------------------------------------------------------------------
+
+def test_only_settings_that_differ_from_the_defaults_are_shown(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text('{"common": {"steps": 7, "keep": 5}, "stage1": {"flip": true}, "stage2": {"steps": 8}}')
+    done = script("train_stage1.py", "--config", path, "--data-root", tmp_path / "none", "--seed", "0",
+                  "--no-whiten")
+    assert done.returncode == 2 and done.stdout.splitlines() == [  # keep and seed are given, and the defaults
+        "stage1: 4 of 52 settings are not the script's defaults; --dry-run and config.json in its folder "
+        "show all",
+        f"  data_root                {tmp_path / 'none'!s:<40} flag",
+        f"  flip                     {'True':<40} {path} [stage1]",
+        f"  steps                    {'7':<40} {path} [common]",
+        f"  whiten                   {'False':<40} flag"]
+
+
+def test_a_dry_run_shows_all_settings_and_where_the_run_stands(config, tmp_path):
+    """A run is stopped in the middle; then finished; nothing of it changes."""
+    def tried(*more) -> tuple[int, dict[str, str], str]:
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        done = script("train_stage1.py", "--config", config, "--run", tmp_path, "--dry-run", *more)
+        assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        lines = [line.split(None, 1) for line in done.stdout.splitlines() if line.startswith("  ")]
+        return done.returncode, {key: (*rest, "")[0] for key, *rest in lines}, done.stderr
+
+    code, shown, _ = tried()
+    assert code == 0 and shown["begins"] == "at step 0"
+    assert shown["trains"] == "10 steps of 4 samples, 1 times the training rows"
+    assert shown["data"].endswith("40 train and 20 val rows") and shown["weight_decay"] == "0.01"
+    ok(script("train_stage1.py", "--config", config, "--run", tmp_path, "--steps", 4, "--seed", 1))
+    kept = json.loads((tmp_path / "stage1/config.json").read_text())
+    assert kept.keys() - {"features", "content"} <= shown.keys() and kept["keep"] == 3
+    code, shown, _ = tried("--steps", 4, "--seed", 1)
+    assert code == 0 and shown["begins"] == "not at all: it is complete"
+    for name in ("result.json", "final.safetensors"):
+        (tmp_path / "stage1" / name).unlink()
+    code, shown, _ = tried("--steps", 4, "--seed", 1)
+    newest = tmp_path / "stage1/checkpoints/step-00000004.safetensors"
+    assert code == 0 and shown["begins"] == f"at step 4, from {newest}"
+    code, _, said = tried("--steps", 4, "--seed", 2)
+    assert code == 2 and "seed 1 -> 2" in said.splitlines()[-1]
+    code, _, said = tried("--batch-size", 41)
+    assert code == 2 and "fewer than a batch of 41" in said.splitlines()[-1]
+    code, shown, _ = tried("--steps", 4, "--seed", 2, "--fresh")
+    assert code == 0 and shown["begins"] == "anew; what is there now is kept in a backup folder"
+
+
+def test_a_library_that_nobody_asked_for_says_nothing_of_its_kernels():
+    """diffusers and peft import bitsandbytes, which on some CPUs misses a kernel that no stage runs."""
+    program = """
+import train_stage1
+import clap2diffusion.engine.stage, peft, sys, logging
+assert "bitsandbytes" in sys.modules
+logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "No module named kernels")
+logger.warning("a thing that counts")
+"""
+    done = subprocess.run([sys.executable, "-c", program], env=ENV, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "note from bitsandbytes: a thing that counts\n", done
+    assert done.stderr == ""
+
+
+# --- text in UTF-8 ------------------------------------------------------------------------------------------
+
 def without_encoding(source: str) -> list[str]:
     """Calls that open or read text in the locale's encoding instead of one that they name."""
     found = []

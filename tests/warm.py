@@ -1,32 +1,49 @@
 """Start the project's scripts by a fork of a process that has loaded the libraries, which takes five seconds.
 
 The script runs as `python SCRIPT ...` runs it: it is read from its file as __main__, in a process and session
-of its own, and imports the project's modules anew. Jobs come as JSON lines, answers are process numbers. The
+of its own, and imports the project's modules anew. Its end is Python's, but for taking the libraries apart,
+which would be most of the time of a short script. Jobs come as JSON lines, answers are process numbers. The
 first answer says that everything is loaded.
 """
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import os
 import resource
 import runpy
 import sys
+import threading
+import weakref
 
 
 def load() -> None:
+    """Import what the scripts import of the libraries. Their finalizers are not for a script's end."""
     import bitsandbytes  # noqa: F401
     import diffusers
+    import diffusers.training_utils
+    import jinja2  # noqa: F401
+    import matplotlib.backends.backend_svg
     import matplotlib.pyplot  # noqa: F401
-    import peft  # noqa: F401
+    import peft.tuners.lora.bnb  # noqa: F401
+    import PIL.ImageCms
+    import PIL.ImageDraw
+    import PIL.ImageFont
+    import scipy.stats  # noqa: F401
     import soundfile  # noqa: F401
     import soxr  # noqa: F401
     import torch.utils.tensorboard  # noqa: F401
     import transformers
-    _ = (diffusers.StableDiffusionPipeline, diffusers.AutoencoderKL, transformers.CLIPTextModel,
-         transformers.CLIPTokenizer,
-         transformers.ClapAudioModelWithProjection, transformers.ClapFeatureExtractor)
+    PIL.Image.init()
+    _ = (diffusers.StableDiffusionPipeline, diffusers.AutoencoderKL, diffusers.UNet2DConditionModel,
+         diffusers.DDPMScheduler, diffusers.DPMSolverMultistepScheduler, diffusers.UniPCMultistepScheduler,
+         transformers.CLIPTextModel, transformers.CLIPTokenizer, transformers.RobertaTokenizerFast,
+         transformers.ClapAudioModelWithProjection, transformers.ClapFeatureExtractor,
+         transformers.SiglipModel)
+    for finalizer in list(weakref.finalize._registry):
+        finalizer.atexit = False
 
 
 def next_job() -> dict | None:
@@ -49,6 +66,24 @@ def next_job() -> dict | None:
     return None
 
 
+def run(path: str) -> int:
+    """Run a script to its end, and all that it has registered for it. Returns its exit code."""
+    try:
+        runpy.run_path(path, run_name="__main__")
+        code = 0
+    except SystemExit as error:
+        code = error.code or 0
+        if not isinstance(code, int):
+            print(code, file=sys.stderr)
+            code = 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    threading._shutdown()  # waits for threads
+    atexit._run_exitfuncs()
+    return code
+
+
 if __name__ == "__main__":
     load()
     gc.collect()
@@ -67,4 +102,7 @@ if __name__ == "__main__":
             resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"],) * 2)
         sys.argv = job["argv"]
         sys.path[0] = os.path.dirname(job["argv"][0])
-        runpy.run_path(job["argv"][0], run_name="__main__")
+        code = run(job["argv"][0])
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)

@@ -8,7 +8,12 @@ run keeps what it finds in tools/corpus/TARGET, and the tests read it as a case 
 import argparse
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import clap2diffusion  # noqa: F401  (it ends in one sentence where packages are missing)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -19,8 +24,10 @@ def main() -> None:
     parser.add_argument("target", choices=("manifest", "config", "checkpoint"))
     parser.add_argument("--seconds", type=int, default=600, help="how long")
     args = parser.parse_args()
+    if find_spec("atheris") is None:
+        parser.error("this Python lacks atheris, which the tests do not need; pip install atheris")
     import atheris
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    sys.path.insert(0, str(ROOT / "tests"))
     with atheris.instrument_imports(include=["clap2diffusion", "json"]):
         from test_properties import CORPUS, TARGETS
     corpus, run = CORPUS / args.target, TARGETS[args.target]

@@ -11,20 +11,23 @@ import shutil
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import clap2diffusion  # noqa: F401  (first: it ends in one sentence where packages are missing)
+
+# isort: split
 import numpy as np
 from PIL import Image
 
+from clap2diffusion.base.exits import RunFailed, run_main
+from clap2diffusion.base.files import write_atomic
+from clap2diffusion.base.settings import new_parser
+from clap2diffusion.pictures.sheets import png_bytes, tile
+from clap2diffusion.world import sound_world as world
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from clap2diffusion.base.exits import RunFailed, run_main  # noqa: E402
-from clap2diffusion.base.files import write_atomic  # noqa: E402
-from clap2diffusion.base.settings import new_parser  # noqa: E402
-from clap2diffusion.pictures.sheets import png_bytes, tile  # noqa: E402
-from clap2diffusion.world import sound_world as world  # noqa: E402
-
 # name: (its report, how the block's first line begins, how the line after its last one begins; "" = the end)
-BLOCKS = {"faults": ("tests/faults.py", "", ""), "faults-data": ("tests/faults.py", "", ""),
+BLOCKS = {**{name: ("tests/faults.py", "", "") for name in ("faults", "faults-data", "faults-pictures")},
           "stages": ("runs/tiny/report.md", "| after", "| stage |"),
           "quarters": ("runs/tiny/report.md", "| stage |", "| tanh(gate)"),
           "evaluation": ("runs/tiny/evaluation.md", "", "Win rates"),
@@ -34,6 +37,8 @@ BLOCKS = {"faults": ("tests/faults.py", "", ""), "faults-data": ("tests/faults.p
           "tuxpaint": ("runs/tuxpaint/report.md", "| after", "| stage |"),
           "small-models": ("assets/tiny/report.md", "| what", ""),
           "ablations": ("ablations/results.md", "", ""),
+          "ablations-worked": ("ablations/worked.md", "", ""),
+          "bench-gpu-sd15-h100": ("bench/results/gpu-sd15-NVIDIA-H100-80GB-HBM3.md", "", ""),
           "probe-world": ("bench/results/probe-world.md", "", ""),
           "probe-tuxpaint": ("bench/results/probe-tuxpaint.md", "", ""),
           **{f"bench-{name}": (f"bench/results/{name}-CPU.md", "", "") for name in (
@@ -54,21 +59,27 @@ def excerpt(report: Path, first: str, after: str) -> str:
     return "\n".join(lines[start:next(ends, len(lines))]).strip() + "\n"
 
 
-def list_faults(of_data: bool) -> str:
-    """Every case of the suite of faults and what the user sees, as tests/test_faults_*.py state them: those
-    of the data, or all others."""
+def list_faults(block: str) -> str:
+    """Cases of the suite of faults and what the user sees, as tests/test_faults_*.py state them: those of
+    pictures, those of other data, or all the rest."""
     sys.path[:0] = [str(ROOT / "tests")]
     import test_faults_config as config
     import test_faults_data as data
     import test_faults_runs as runs
     import test_faults_signals as signals
-    groups = {"Sounds": data.SOUNDS, "Sounds of other kinds": data.OTHER_SOUNDS, "Pictures": data.PICTURES,
-              "Odd pictures": data.ODD_PICTURES, "Manifests": data.MANIFESTS} if of_data else {
-              "Configs and flags": config.CONFIGS, "Models": config.MODELS, "Checkpoints": runs.CHECKPOINTS,
-              "Run folders and data": runs.FOLDERS, "Making and judging pictures, making data": runs.PICTURES,
-              "Full disks": [case for case, _ in runs.FULL_DISKS], "Processes": signals.PROCESSES}
+    groups = {
+        "faults-pictures": {"Pictures": data.PICTURES, "Odd pictures": data.ODD_PICTURES,
+                            "Pictures of other kinds": data.OTHER_PICTURES},
+        "faults-data": {"Sounds": data.SOUNDS, "Sounds of other kinds": data.OTHER_SOUNDS,
+                        "Manifests": data.MANIFESTS},
+        "faults": {"Configs and flags": config.CONFIGS, "Models": config.MODELS,
+                   "Checkpoints": runs.CHECKPOINTS, "Run folders and data": runs.FOLDERS,
+                   "Making and judging pictures, making data": runs.PICTURES,
+                   "Full disks": [case for case, _ in runs.FULL_DISKS],
+                   "Processes": signals.PROCESSES}}[block]
     phases = f", and a signal in each of these phases: {', '.join(signals.NAMES)}, setting up the environment"
-    lines = [f"{sum(map(len, groups.values()))} cases{'' if of_data else phases}.", ""]
+    phases = phases if block == "faults" else ""
+    lines = [f"{sum(map(len, groups.values()))} cases{phases}.", ""]
     for title, cases in groups.items():
         lines += [f"| {title} | exit | what you see |", "|---|---|---|", *(case.line() for case in cases), ""]
     return "\n".join(lines).strip() + "\n"
@@ -98,7 +109,7 @@ def main() -> None:
         if not found or not (ROOT / source).exists():
             print(f"{name}: " + (f"{source} is not there" if found else "no page has such a block"))
             continue
-        content = (list_faults(name == "faults-data") if name.startswith("faults") else
+        content = (list_faults(name) if name.startswith("faults") else
                    excerpt(ROOT / source, first, after))
         for path in found:
             if block.search(pages[path])[0] != content:

@@ -24,6 +24,11 @@ import time
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import clap2diffusion  # noqa: F401  (first: it ends in one sentence where packages are missing)
+
+# isort: split
 import diffusers
 import jinja2
 import numpy as np
@@ -35,23 +40,21 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from tqdm import tqdm
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-
-from clap2diffusion.base import files, workers  # noqa: E402
-from clap2diffusion.base.device import quiet_libraries  # noqa: E402
-from clap2diffusion.base.exits import run_main  # noqa: E402
-from clap2diffusion.base.progress import bar_options  # noqa: E402
-from clap2diffusion.base.settings import Number, new_parser  # noqa: E402
-from clap2diffusion.dataset.encoders import CLAPAudioEncoder, log_mel  # noqa: E402
-from clap2diffusion.judging import metrics  # noqa: E402
-from clap2diffusion.judging.judge import Judge  # noqa: E402
-from clap2diffusion.pictures.sheets import tile  # noqa: E402
-from clap2diffusion.world import sound_world as world  # noqa: E402
+from clap2diffusion.base import files, workers
+from clap2diffusion.base.device import quiet_libraries
+from clap2diffusion.base.exits import run_main
+from clap2diffusion.base.progress import bar_options
+from clap2diffusion.base.settings import Number, new_parser
+from clap2diffusion.dataset.encoders import CLAPAudioEncoder, log_mel
+from clap2diffusion.judging import metrics
+from clap2diffusion.judging.judge import Judge
+from clap2diffusion.pictures.sheets import tile
+from clap2diffusion.world import sound_world as world
 
 NAMES = {one: [world.class_caption((c,), one) for c in world.CLASSES] for one in ("en", "ko")}  # captions
 PICTURES, SOUNDS, HELD_OUT = 1000, 1001, 1002  # first part of each generator's key after the seed
 L, WIDTH, PAIRS = 32, 0.05, 0.35  # text tokens; deviation of the VAE's posterior; share of two sounds
+HERE = Path(__file__).resolve().parent
 CONFIGS = files.read_json(HERE / "tiny_models.json")
 EXTRACTOR = transformers.ClapFeatureExtractor(**CONFIGS["extractor"])
 BARE = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -185,7 +188,7 @@ def make_base(out: Path, args: argparse.Namespace) -> None:
     decided at the few noisiest timesteps, and marks in the middle. So in the later parts two of three
     captions say everything, and timesteps come more often from there: first from the noisy end, then, five
     times over, from the middle."""
-    from diffusers.training_utils import EMAModel  # at the top it would make bitsandbytes speak
+    from diffusers.training_utils import EMAModel
     pictures, captions, _ = draw(scene, args.seed, PICTURES, args.pictures, "scenes")
     pictures = np.stack(pictures)
     vae, seconds = make_vae(pictures, out.with_name(".vae"), args)

@@ -1,8 +1,6 @@
 """The machine a run computes on: device, number types, memory, and how the frozen UNet is held on it."""
 
-import logging
 import os
-import re
 import resource
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from torch import nn
 
 from clap2diffusion.base import processes
 from clap2diffusion.base.exits import UserError
+from clap2diffusion.base.notes import print_notes_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.bfloat16}  # nf4: what is not in 4 bits
 
@@ -38,6 +37,12 @@ def pick_device(device: str, precision: str):
     return found, lambda: torch.autocast(found.type, dtype=torch.bfloat16, enabled=bf16)
 
 
+def describe_numbers(device: torch.device, cfg) -> str:
+    """The device and the number types of a stage, for its log."""
+    numbers = "BF16 autocast" if cfg.precision == "bf16" else "float32 without autocast"
+    return f"{device.type}, {numbers}, frozen UNet in {cfg.frozen_dtype}"
+
+
 def peak_memory_mb(device: torch.device) -> dict[str, float]:
     """Peak memory in MB: resident set of the process, and on CUDA what was allocated and reserved."""
     status = Path("/proc/self/status")  # getrusage's figure also counts what the starting process held
@@ -50,42 +55,14 @@ def peak_memory_mb(device: torch.device) -> dict[str, float]:
     return {key: round(value, 1) for key, value in memory.items()}
 
 
-NO_NOTES = re.compile("|".join((  # warnings that mean nothing to our users, by how they begin
-    r"`\w+ImageProcessor` requires torchvision",  # we have no torchvision; Pillow's processor is what we use
-    r"image_encoder is not loaded since",  # an embedding of CLAP takes the place of an image encoder's
-    r"There are modules in \w+ that should be kept in float32: \[\]",  # the list is empty
-    r"No LoRA keys associated to \w+ found with the prefix='text_encoder'",  # our LoRA is the UNet's alone
-    r"Token indices sequence length is longer",  # generate.py says it of the prompt, a stage of the captions
-    r"The following part of your input was truncated",  # the same once more, from the pipeline
-    r"Model config: \w+_token_id must be",  # SigLIP's defaults are CLIP's tokens; the judge writes no text
-    r"Some weights of",  # diffusers' words for what the next one says in transformers'
-    r"\w+ LOAD REPORT",  # we ask what was missing ourselves; of CLAP the text tower is left out on purpose
-)))
-
-
-class _Notes(logging.Handler):
-    """Prints what a library warns of once, on stdout, where of several processes one speaks."""
-
-    def __init__(self, library: str):
-        super().__init__(logging.WARNING)
-        self.library, self.said = library, set()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        text = " ".join(re.sub(r"\x1b\[\d*m", "", record.getMessage()).split())  # without colours
-        if text not in self.said and not NO_NOTES.match(text):
-            self.said.add(text)
-            print(f"note from {self.library}: {text}", flush=True)
-
-
 def quiet_libraries() -> None:
     """Turn the libraries' warnings into notes, each said once, and their progress bars off."""
     for library in (transformers, diffusers):
-        notices, logger = library.utils.logging, logging.getLogger(library.__name__)
+        notices = library.utils.logging
         notices.set_verbosity_warning()
         notices.disable_progress_bar()
-        if not any(isinstance(handler, _Notes) for handler in logger.handlers):
-            notices.disable_default_handler()
-            logger.addHandler(_Notes(library.__name__))
+        notices.disable_default_handler()
+        print_notes_of(library.__name__)
 
 
 def hold_unet(unet: nn.Module, cfg) -> None:

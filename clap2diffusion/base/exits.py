@@ -2,13 +2,16 @@
 
 import contextlib
 import errno
-import logging
 import os
 import signal
 import sys
 import time
 
-EXIT_FAILED, EXIT_USER = 1, 2
+from clap2diffusion.base import packages
+from clap2diffusion.base.notes import print_notes_of
+
+print_notes_of("bitsandbytes")  # here, since every script comes by before diffusers and peft import it
+EXIT_FAILED, EXIT_USER = 1, 2  # 3 to 5 are stage 3's verdicts, see engine/gate_sweep.py
 DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 UNREAD = (errno.EPIPE, errno.EIO)  # what a write to a pipe or terminal gives when nobody reads it any more
 
@@ -18,7 +21,12 @@ class UserError(Exception):
 
 
 class RunFailed(Exception):
-    """The work itself failed (non-finite losses, a gate that walks away, a full disk). Exit code 1."""
+    """The work itself failed (non-finite losses, a full disk): exit code 1. Or it is done and its verdict is
+    no: `code` says which."""
+
+    def __init__(self, message: str, code: int = EXIT_FAILED):
+        super().__init__(message)
+        self.code = code
 
 
 class Stopped(BaseException):
@@ -158,7 +166,6 @@ def _sentence_of(error: Exception) -> str | None:
 
 def run_main(main) -> None:
     """Call main() and turn its end into an exit code. An error's one sentence is the last line on stderr."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on some CPUs it misses an optional package
     sys.stdout, sys.stderr = _output(sys.stdout), _output(sys.stderr)
     for signum in [*stop_signals(), signal.SIGALRM]:
         signal.signal(signum, _raise_stopped)
@@ -166,12 +173,21 @@ def run_main(main) -> None:
         sys.stdout = _output(None)
     code, message = EXIT_FAILED, ""
     try:
-        code = main() or 0
+        try:
+            code = main() or 0
+        except Exception:
+            if _asked:  # a library made an error of its own out of the Stopped that we raised inside it
+                raise Stopped(_asked[0][0]) from None
+            raise
     except Stopped as error:
         signal.setitimer(signal.ITIMER_REAL, 0)
         code, message = 128 + error.signum, str(error)
     except (UserError, RunFailed) as error:
-        code, message = EXIT_USER if isinstance(error, UserError) else EXIT_FAILED, f"error: {error}"
+        code, message = EXIT_USER if isinstance(error, UserError) else error.code, f"error: {error}"
+    except ImportError as error:
+        if not packages.listed((error.name or "").split(".")[0]):
+            raise
+        code, message = EXIT_USER, packages.sentence(f"cannot import {error.name} ({error})")
     except (OSError, RuntimeError) as error:
         if isinstance(error, OSError) and error.errno in UNREAD:  # as of `| head`
             code = 128 + signal.SIGPIPE

@@ -43,7 +43,7 @@ def resolve_model(name: str, what: str, beside: Path | None = None) -> Path:
     looked = "here"
     if beside and not Path(name).is_absolute():
         looked = f"in {Path().resolve()}, beside {beside} or above it, or in {SCRIPTS}"
-    if not folder.exists() and name.count("/") == 1 and not name.startswith((".", "/", "~")):
+    if not folder.exists() and _is_hub_name(name):
         folder = _download(name, what, looked)
     try:
         if folder.is_file():
@@ -91,24 +91,48 @@ def load_small(cls, folder: Path, what: str, subfolder: str = ""):
 
 def find_trained(given: str, trained: str, what: str, adapter_path: Path) -> Path:
     """The model for an adapter: the one a flag gives, or else the one that the adapter was trained with.
-    Raises UserError as resolve_model() does."""
-    return resolve_model(given, what) if given else resolve_model(trained, what, beside=adapter_path)
+    Raises UserError as resolve_model() does; of the adapter's own it names the flag."""
+    if given:
+        return resolve_model(given, what)
+    try:
+        return resolve_model(trained, what, beside=adapter_path)
+    except UserError as error:
+        raise UserError(f"{error}; {adapter_path} was trained with it: if it lies elsewhere now, say where "
+                        f"with --{what.lower().replace(' ', '-')}") from None
 
 
-def _download(name: str, what: str, looked: str) -> Path:
-    """The local copy of a hub model; without a whole one it is downloaded, after saying so. looked: the
-    places where there is no such folder. Raises UserError."""
+def _is_hub_name(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
+def _cached(name: str, what: str) -> tuple[Path | None, str]:
+    """The whole copy of a hub model in the local model cache; or None and why the copy there is not whole."""
     import huggingface_hub  # only a hub name needs it
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-    first, known = "config.json" if KINDS[what].parts == ("",) else "model_index.json", ""
+    first = "config.json" if KINDS[what].parts == ("",) else "model_index.json"
     with suppress(ValueError):  # a name that no hub model can have
         cached = huggingface_hub.try_to_load_from_cache(name, first)
         if isinstance(cached, str):
             try:
                 check_model(Path(cached).parent, what)
-                return Path(cached).parent
+                return Path(cached).parent, ""
             except Unusable as error:
-                known = str(error)
+                return None, str(error)
+    return None, ""
+
+
+def would_download(name: str, what: str) -> bool:
+    """Whether resolve_model() would ask the hub for this model."""
+    return not Path(name).exists() and _is_hub_name(name) and _cached(name, what)[0] is None
+
+
+def _download(name: str, what: str, looked: str) -> Path:
+    """The local copy of a hub model; without a whole one it is downloaded, after saying so. looked: the
+    places where there is no such folder. Raises UserError."""
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    copy, known = _cached(name, what)
+    if copy:
+        return copy
     try:
         listed = huggingface_hub.HfApi().model_info(name, timeout=4).siblings
         names = [one.rfilename for one in listed]
@@ -253,7 +277,14 @@ class Models(NamedTuple):
             for key in folders)
 
 
-def find_models(cfg) -> Models:
-    """The models of a stage's settings, before torch loads. Raises UserError: one is missing or broken."""
+def find_models(cfg) -> Models | None:
+    """The models of a stage's settings, before torch loads. With --dry-run nothing is downloaded: it is said
+    which model would be, and there are none. Raises UserError: one is missing or broken."""
+    named = {"base model": cfg.base_model, "CLAP model": cfg.clap_model}
+    absent = [f"{what} {name}" for what, name in named.items() if cfg.dry_run and would_download(name, what)]
+    if absent:
+        print(f"{' and '.join(absent)}: not here; a run would look for it on the Hugging Face hub and "
+              "download it first", flush=True)
+        return None
     base, clap = resolve_model(cfg.base_model, "base model"), resolve_model(cfg.clap_model, "CLAP model")
     return Models(base, clap, {"unet": fingerprint(base / "unet"), "clap": fingerprint(clap)})

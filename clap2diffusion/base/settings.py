@@ -23,10 +23,12 @@ SECTIONS = ("common", "stage1", "stage2", "stage3")
 GUIDANCE = 3.0  # classifier-free guidance of pictures where none is asked for
 # diffusers' names of the schedulers that make pictures in few steps; "base" is the base model's own
 SCHEDULERS = {"base": None, "dpm": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}
-# what may change between a checkpoint and its resumption: it concerns places, logs and memory alone
+# what may change between a checkpoint and its resumption: it concerns places, logs and memory alone. Models
+# may lie elsewhere: their fingerprints and the features' content are compared.
 FREE_SETTINGS = {"run", "name", "workers", "log_every", "save_every", "keep", "log_dir", "device", "fresh",
                  "allow_changed", "sample_every", "samples", "max_bad_share", "cache_dir", "init_from",
-                 "val_batch_size", "checkpointing", "ema_on_cpu", "require_proof"}
+                 "val_batch_size", "checkpointing", "ema_on_cpu", "require_proof", "base_model",
+                 "clap_model"}
 FIXED_SETTINGS = {"whiten", "adam_8bit", "strength"}  # they are in the weights or in the optimizer's state
 
 
@@ -182,6 +184,9 @@ def parse_config(parser: argparse.ArgumentParser, section: str, argv: list[str] 
     if args.val_clips == 1:
         raise UserError(f"{_with_origin(args, 'val_clips')}: validation compares each clip with another's "
                         "sound; give at least 2, or 0 for all")
+    if {"window_low", "window_high"} <= vars(args).keys() and args.window_low >= args.window_high:
+        raise UserError(f"{_with_origin(args, 'window_low')} is not below "
+                        f"{_with_origin(args, 'window_high')}: no gate could come into the window")
     if getattr(args, "best_metric", "") == "val_right_noisy" and args.val_draws < 2:
         raise UserError("--best-metric val_right_noisy needs --val-draws 2 or more: one draw may miss the "
                         "noisier half of the timesteps")
@@ -189,13 +194,15 @@ def parse_config(parser: argparse.ArgumentParser, section: str, argv: list[str] 
 
 
 def read_settings(parser: argparse.ArgumentParser, stage: str, argv: list[str] | None) -> argparse.Namespace:
-    """A stage's settings by parse_config, printed one a line with where each that is no default came from;
-    --dry-run ends the program here."""
+    """A stage's settings by parse_config. Those that differ from the defaults are printed, one a line with
+    where each came from; with --dry-run all of them."""
     cfg = parse_config(parser, stage, argv)
-    print(f"{cfg.name}: settings", *(f"  {key:<24} {value!s:<40} {cfg.origin.get(key, '')}".rstrip()
-                                     for key, value in settings(cfg).items()), sep="\n", flush=True)
-    if cfg.dry_run:
-        raise SystemExit(0)
+    found = settings(cfg)
+    other = [key for key in found if vars(cfg)[key] != parser.get_default(key)]
+    note = "" if cfg.dry_run else "; --dry-run and config.json in its folder show all"
+    print(f"{cfg.name}: {len(other)} of {len(found)} settings are not the script's defaults{note}",
+          *(f"  {key:<24} {found[key]!s:<40} {cfg.origin.get(key, '')}".rstrip()
+            for key in (found if cfg.dry_run else other)), sep="\n", flush=True)
     return cfg
 
 
@@ -297,7 +304,8 @@ def common_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     add("--allow-changed", **SWITCH, default=False,
         help="resume although learning settings or data differ from the checkpoint's")
     add("--fresh", **SWITCH, default=False, help="begin anew; what is there is kept in a backup folder")
-    add("--dry-run", action="store_true", help="print the resolved settings and end")
+    add("--dry-run", action="store_true", help="print all settings, check what needs no model to be loaded, "
+        "say what would be done, and end: nothing is written, downloaded or trained")
 
 
 def settings(args: argparse.Namespace) -> dict:
@@ -308,10 +316,13 @@ def settings(args: argparse.Namespace) -> dict:
 
 def changed_settings(saved: dict, now: dict) -> list[str]:
     """The settings that are in both and differ, as `key old -> new`, except those that may change freely.
-    Features of another name (the files' times are in it) are the same if their content is."""
+    Features of another name (the files' times are in it) are the same if their content is, wherever their
+    data lies now. The data folder may be spelled otherwise."""
     free = FREE_SETTINGS | {"content"}
+    if Path(saved.get("data_root", "")).resolve() == Path(now.get("data_root", "")).resolve():
+        free = free | {"data_root"}
     if saved.get("content") and saved["content"] == now.get("content"):
-        free = free | {"features"}
+        free = free | {"features", "data_root"}
     return [f"{key} {saved[key]!r} -> {now[key]!r}" for key in sorted(saved.keys() & now.keys())
             if key not in free and saved[key] != now[key]]
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 RESAMPLES = 2000
+FEWEST = 10  # clips; percentile intervals of fewer are too narrow
 
 
 def stratified(labels: list, n: int, seed: int = 0) -> list[int]:
@@ -62,3 +63,10 @@ def show_interval(values: list[float] | None, digits: int = 3) -> str:
     if values is None or values[0] is None or not math.isfinite(values[0]):
         return "undefined"
     return f"{values[0]:.{digits}f} [{values[1]:.{digits}f}, {values[2]:.{digits}f}]"
+
+
+def few_to_whiten(n: int, width: int) -> str:
+    """What must be said of a whitening of `width` directions that saw n clips; '' if they can span them."""
+    return "" if n > width else (
+        f"{n} training clips meet a whitening of {width} directions: they span at most {max(0, n - 1)}, and "
+        "what differs in the others alone sounds alike to the adapter; take more clips, or --no-whiten")

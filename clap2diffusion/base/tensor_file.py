@@ -77,6 +77,20 @@ def write_tensors(path: Path, header: dict, states: dict) -> None:
     write_atomic(path, save(tensors, {"clap2diffusion": json.dumps(header)}))
 
 
+def read_header(path: Path) -> dict:
+    """The header of a file that read_tensors() reads, without its tensors and without checking its SHA-256.
+    Raises Broken: it is missing, truncated or foreign."""
+    try:
+        with safe_open(path, framework="np") as file:
+            header = json.loads((file.metadata() or {})["clap2diffusion"])
+        if not isinstance(header["fingerprints"], dict) or not isinstance(header["sha256"], str):
+            raise TypeError("its fingerprints or its SHA-256 are of another type")
+        return header
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
+        raise Broken(f"{path}: not a checkpoint of ours ({type(error).__name__}: {error}); expected an "
+                     "unbroken safetensors file that a stage has written") from None
+
+
 def read_tensors(path: Path) -> tuple[dict, dict]:
     """Return (header, tensors) of a file whose SHA-256 is right; the header still holds `sha256`.
     Raises Broken: it is missing, truncated, foreign or altered.

@@ -20,6 +20,7 @@ from clap2diffusion.base.statistics import stratified
 from clap2diffusion.dataset import cache
 from clap2diffusion.dataset.captions import describe_cut
 from clap2diffusion.dataset.manifest import (
+    Row,
     find_gaps,
     read_manifest,
     refuse_absent_files,
@@ -92,17 +93,25 @@ class AudioImageDataset(Dataset):
         return item | self._read(*self._texts[row["text_id"]]) | {"index": i}
 
 
-def open_splits(cfg, base: Path, clap: Path, device: torch.device) -> list[AudioImageDataset]:
-    """The cached train and validation features for a stage's settings, built first where they are missing.
-    What the manifest alone shows is told before. Raises UserError: as build_features does, too few rows for
-    a batch or a validation, no file of the manifest is there, one recording only to validate with."""
-    rows, bad = manifest = read_manifest(cfg.data_root, print)
+def check_rows(cfg) -> tuple[list[Row], list[str]]:
+    """What read_manifest() gives for a stage's settings, usable to train with by all that it shows.
+    Raises UserError: as read_manifest does, too few rows for a batch or a validation, no file of the manifest
+    is there, one recording only to validate with."""
+    rows, bad = read_manifest(cfg.data_root, print)
     if len(bad) <= cfg.max_bad_share * (len(rows) + len(bad)):  # else it ends with the list of them
         everyone = cfg.batch_size * processes.world()
         for gap in find_gaps(rows, batch=everyone, whitened=getattr(cfg, "whiten", False)):
             raise UserError(f"{cfg.data_root}: {gap}")
         refuse_absent_files(cfg.data_root, rows)
         refuse_one_recording(cfg.data_root, rows)
+    return rows, bad
+
+
+def open_splits(cfg, base: Path, clap: Path, device: torch.device) -> list[AudioImageDataset]:
+    """The cached train and validation features for a stage's settings, built first where they are missing.
+    What the manifest alone shows is told before. Raises UserError: as check_rows and build_features do."""
+    manifest = check_rows(cfg)
+    rows = manifest[0]
     if cut := describe_cut(rows, base):
         print(cut, flush=True)
     n_val = sum(row.split == "val" for row in rows)

@@ -6,11 +6,13 @@ from pathlib import Path
 
 from clap2diffusion.base import files, processes
 from clap2diffusion.base.exits import RunFailed
-from clap2diffusion.base.statistics import interval, show_interval
+from clap2diffusion.base.statistics import FEWEST, interval, show_interval
+from clap2diffusion.engine.changes import nothing_learned
 from common import AudioAttentionAdapter
 
 NAMES = {"right": "right sound", "silence": "silence", "other": "another's sound"}
-FEWEST = 10  # validation clips; intervals of fewer are too narrow
+IN_WINDOW, ELSEWHERE, AWAY = "in the window", "settled elsewhere", "walked away"
+EXIT_CODES = {IN_WINDOW: 5, ELSEWHERE: 3, AWAY: 4}  # where the sound was not shown to help; else 0
 COLOURS = {"right": "tab:blue", "silence": "tab:gray", "other": "tab:red", "learned": "black"}
 
 
@@ -34,63 +36,89 @@ def read_sweep(rows: list[dict]) -> list[dict]:
             if "loss" in row else row for row in rows]
 
 
-def judge_gate(ended: str, tanh_gate: float, validation: dict[str, list[float]], n: int, cfg) -> str:
-    """Why stage 3 does not show that the sound helps; '' if it does. n: the validation clips.
+def judge_gate(ended: str, tanh_gate: float, validation: dict[str, list[float]], n: int, cfg
+               ) -> tuple[str, str]:
+    """Stage 3's verdict, IN_WINDOW, ELSEWHERE or AWAY, and why it does not show that the sound helps; '' if
+    it does.
+    n: the validation clips.
 
     A gate in the window shows that the audio branch lowers the loss. A branch that has only learned the look
     of the pictures does that too, whatever the sound. So the right sound must also be better than silence and
     better than another's, at the learned gate: both lower bounds of the paired differences are above 0."""
     if ended == "the gate walked away":
         low = tanh_gate < cfg.away_low
-        return "the sound raises the loss" if low else "the loss asks for ever more sound"
-    if not cfg.window_low <= tanh_gate <= cfg.window_high:
-        return "the gate has not come into the window"
-    if n < FEWEST:
-        return f"{n} validation clips are too few to tell whether the sound helps, expected at least {FEWEST}"
+        return AWAY, f"{AWAY}: {'the sound raises the loss' if low else 'the loss asks for ever more sound'}"
     found = {name: validation[f"{name}_minus_right"] for name in ("silence", "other")}
-    if min(low for _, low, _ in found.values()) > 0:
-        return ""
-    said = ", ".join(f"{name} - right {show_interval(values, 5)}" for name, values in found.items())
-    return f"the gate learned the pictures' look, not the sound ({said}; both must be above 0)"
+    if n < FEWEST:
+        why = f"{n} validation clips are too few to tell whether the sound helps, expected at least {FEWEST}"
+    elif min(low for _, low, _ in found.values()) > 0:
+        why = ""
+    else:
+        said = ", ".join(f"{name} - right {show_interval(values, 5)}" for name, values in found.items())
+        why = f"the gate learned the pictures' look, not the sound ({said}; both must be above 0)"
+    if cfg.window_low <= tanh_gate <= cfg.window_high:
+        return IN_WINDOW, why
+    return ELSEWHERE, (f"{ELSEWHERE}: the gate has not come into the window, and "
+                       f"{why or 'where it is the right sound is better than silence and than another'}")
+
+
+def read_verdict(folder: Path) -> tuple[str, str]:
+    """judge_gate() of a finished stage 3, from its result.json; ('', '') for a folder without one. Results
+    from before there was a verdict are judged now."""
+    if not (folder / "result.json").exists():
+        return "", ""
+    result, cfg = files.read_json(folder / "result.json"), files.read_json(folder / "config.json")
+    if "window" not in result:  # only stage 3 has one
+        return "", ""
+    found = judge_gate(result["ended"], result["tanh_gate"], result["validation"],
+                       cfg["val_clips"] or FEWEST, argparse.Namespace(**cfg))
+    return result.get("verdict", found[0]), result.get("warning", found[1])
 
 
 def find_warning(folder: Path) -> str:
-    """What judge_gate() says of a finished stage 3, from its result.json; '' for a folder without one.
-    Results from before there was a verdict are judged now."""
+    """Why a finished stage's result may be worth nothing, from its result.json: of stage 3 what judge_gate()
+    says, of the others nothing_learned(); '' for a good one and for a folder without a result."""
     if not (folder / "result.json").exists():
         return ""
-    result, cfg = files.read_json(folder / "result.json"), files.read_json(folder / "config.json")
-    if "warning" in result or "window" not in result:  # only stage 3 has a window
-        return result.get("warning", "")
-    return judge_gate(result["ended"], result["tanh_gate"], result["validation"],
-                      cfg["val_clips"] or FEWEST, argparse.Namespace(**cfg))
+    return read_verdict(folder)[1] or nothing_learned(files.read_json(folder / "result.json"))
 
 
-def require_proof(folder: Path, warning: str, cfg) -> None:
-    """Raises RunFailed: there is a warning, and --require-proof is on."""
-    if warning and cfg.require_proof:
-        raise RunFailed(f"{folder}: {warning}; see sweep.png there, and train stages 1 and 2 anew or longer; "
-                        "--no-require-proof keeps the adapter, with this as a warning in it")
+def asks_for_proof(cfg) -> bool:
+    """Whether the exit code is to say that the sound was not shown to help: stage 3's --require-proof."""
+    return getattr(cfg, "require_proof", False)
 
 
-def conclude(folder: Path, progress, tanh_gate: float, validation: dict, n_val: int, cfg) -> dict:
-    """Write the sweeps as sweep.json and sweep.png, whatever the verdict; what result.json says of the gate:
-    in_window, window, both sweeps, and `warning`, '' if the sound was shown to help. n_val: clips of the
-    validation split. Raises RunFailed: it was not shown, and --require-proof is on."""
-    window = (cfg.window_low, cfg.window_high)
-    before, after = read_sweep(progress.sweep_before), read_sweep(progress.sweep_after)
-    n = min(n_val, cfg.val_clips or n_val)
-    warning = judge_gate(progress.ended, tanh_gate, validation, n, cfg)
+def require_proof(folder: Path, cfg) -> None:
+    """Raises RunFailed with the verdict's exit code: the finished stage 3 in this folder did not show that
+    the sound helps, and --require-proof is on. Of several processes the one that writes says so."""
+    if not processes.first() or not asks_for_proof(cfg):
+        return
+    verdict, warning = read_verdict(folder)
     if warning:
+        raise RunFailed(f"{folder}: {warning}; the adapter is finished and carries this as a warning; see "
+                        "sweep.png there, and train stages 1 and 2 anew or longer; --no-require-proof makes "
+                        "the exit code 0", EXIT_CODES[verdict])
+
+
+def conclude(folder: Path, progress, sweep_after: list[dict], tanh_gate: float, validation: dict, n_val: int,
+             cfg) -> dict:
+    """Write the sweeps as sweep.json and sweep.png; what result.json says of the gate: in_window, window,
+    both sweeps, `verdict` and `warning` of judge_gate(). n_val: clips of the validation split."""
+    window, before = (cfg.window_low, cfg.window_high), read_sweep(progress.sweep_before)
+    n = min(n_val, cfg.val_clips or n_val)
+    verdict, warning = judge_gate(progress.ended, tanh_gate, validation, n, cfg)
+    if warning:
+        last = progress.gates or [tanh_gate]  # checkpoints did not always hold them
         warning += (f": tanh(gate) {tanh_gate:.2f} after {progress.step} steps, the window is "
-                    f"[{cfg.window_low}, {cfg.window_high}]")
-    found = {"in_window": window[0] <= tanh_gate <= window[1], "window": window, "warning": warning,
-             "sweep_before": before, "sweep_after": after}
+                    f"[{cfg.window_low}, {cfg.window_high}]; over the last {len(last)} steps it was between "
+                    f"{min(last):.2f} and {max(last):.2f}")
+    found = {"in_window": window[0] <= tanh_gate <= window[1], "window": window, "verdict": verdict,
+             "warning": warning, "sweep_before": before, "sweep_after": sweep_after}
     if processes.first():
-        files.write_json(folder / "sweep.json", {"before": before, "after": after, "tanh_gate": tanh_gate,
-                                                 "warning": warning})
+        files.write_json(folder / "sweep.json", {
+            "before": before, "after": sweep_after, "tanh_gate": tanh_gate, "verdict": verdict,
+            "warning": warning})
         files.write_atomic(folder / "sweep.png", _plot({**found, "tanh_gate": tanh_gate}))
-    require_proof(folder, warning, cfg)
     return found
 
 

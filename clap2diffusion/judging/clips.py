@@ -10,26 +10,35 @@ import numpy as np
 
 from clap2diffusion.base import files, hub
 from clap2diffusion.base.exits import UserError
-from clap2diffusion.base.statistics import stratified
+from clap2diffusion.base.statistics import FEWEST, stratified
 from clap2diffusion.dataset.decoding import BadFile, load_picture, read_windows
 from clap2diffusion.dataset.manifest import Row, usable_rows
+from clap2diffusion.judging.equal_weights import check_against
+from clap2diffusion.judging.history import History
 from clap2diffusion.pictures.inputs import adapter_facts, find_adapter
 
 STAGES = ("stage1", "stage2", "stage3")
+FEW = 50  # clips; below it a share of one half is known to no better than +- 0.14
+PLAIN = "This is a photo of {}."  # what the judge reads of a label for which labels.json has no text
 
 
 def check_run(args: argparse.Namespace) -> bool:
-    """Look at what is to be judged, or without a judge reported on. Returns whether all stages have ended.
-    Raises UserError: no adapter, data or judge; without a judge, a stage that has not ended."""
+    """Look at what is to be judged, or without a judge reported on. Returns whether a report can be written:
+    of a run whose three stages have ended, or of one stage's folder.
+    Raises UserError: no adapter, data or judge; without a judge, a stage that has not ended; with --against,
+    two adapters of equal weights."""
+    run = Path(args.run)
+    reported = (run / "result.json").exists() or all((run / s / "result.json").exists() for s in STAGES)
+    if not args.judge and not reported:
+        check_finished(run)
+    adapter_path = find_adapter(args.run)
+    adapter_facts(adapter_path)
     if args.judge:
-        adapter_path = find_adapter(args.run)
         find_data(args, adapter_path)
-        adapter_facts(adapter_path)
-        find_adapter(args.against or args.run)
+        if args.against:
+            check_against(args)
         find_judge(args.judge)
-    else:
-        read_results(Path(args.run))
-    return all((Path(args.run) / stage / "result.json").exists() for stage in STAGES)
+    return reported
 
 
 def find_judge(name: str) -> Path:
@@ -37,25 +46,27 @@ def find_judge(name: str) -> Path:
     return hub.resolve_model(name, "judge", beside=hub.SCRIPTS)  # the default judge lies beside the scripts
 
 
-def read_results(run: Path) -> dict[str, dict]:
-    """The result.json of each stage. Raises UserError: a stage is not finished."""
-    found = {}
-    for stage in STAGES:
-        path = run / stage / "result.json"
+def check_finished(run: Path) -> None:
+    """Raises UserError: this is no folder of a run, or one of its stages is not finished."""
+    if run.is_file():
+        raise UserError(f"--run {run}: is a file; without a judge only a report is written, of a run or of a "
+                        "stage, so give its folder")
+    for path in (run / stage / "result.json" for stage in STAGES):
         if not path.exists():
-            raise UserError(f"{path}: is missing, so {stage} is not finished; run the command that made "
-                            f"{run} again, bash run_all_stages.sh with its config and flags")
-        found[stage] = files.read_json(path)
-    return found
+            raise UserError(f"{path}: is missing, so {path.parent.name} is not finished; run the command "
+                            f"that made {run} again, bash run_all_stages.sh with its config and flags; of "
+                            "one finished stage, give its own folder with --run")
 
 
 def find_data(args: argparse.Namespace, adapter_path: Path) -> str:
-    """--data-root, or the one in the config.json beside the adapter. Raises UserError: neither is there."""
-    config = adapter_path.parent / "config.json"
-    if not args.data_root and not config.exists():
+    """--data-root, or the one that the adapter's stage was trained on. Raises UserError: it is unknown."""
+    if args.data_root:
+        return args.data_root
+    config, stages = adapter_path.parent / "config.json", History(adapter_path).stages
+    if not config.exists() and not stages:
         raise UserError(f"{config}: is missing, so the clips are unknown; give the data folder with "
                         "--data-root")
-    return args.data_root or files.read_json(config)["data_root"]
+    return (stages[-1].settings if stages else files.read_json(config))["data_root"]
 
 
 def pick_clips(labels: list[str], n: int, seed: int = 0) -> list[int]:
@@ -88,7 +99,8 @@ def readable(rows: list[Row], image_size: int) -> tuple[list[Row], list]:
 class Clips:
     """The clips of one evaluation, their real pictures, and the classes the judge chooses from.
 
-    The classes are the labels of every split's rows; without any label a clip's caption is its class.
+    The classes are the labels of every split's rows. Where no clip of the split has one, a clip's caption is
+    its class, which remarks() says.
     `single` and `pairs` are the positions of clips with one label and with two ("a+b"), `of_class` those of
     the single ones of each class. `heard` holds the pairs of labels that training or validation has."""
 
@@ -98,7 +110,7 @@ class Clips:
         if not held_out:
             raise UserError(f"{data_root}: has no clip in split {split!r}; give another --split or "
                             "--data-root")
-        self.data_root, self.image_size = Path(data_root), image_size
+        self.data_root, self.split, self.image_size = Path(data_root), split, image_size
         chosen = stratified([row.label or "" for row in held_out], n)
         self.rows, self.real = readable([held_out[i] for i in chosen], image_size)
         if len(self.rows) < 2:
@@ -134,15 +146,40 @@ class Clips:
         return found
 
     def captions(self) -> dict[str, list[str]]:
-        """What the judge reads of each class, by language: what labels.json says, or else "This is a photo of
-        LABEL." in English alone. Where the clips have no labels, it is their captions."""
+        """What the judge reads of each class, by what it is (page.TEXTS): "en" and "ko" are the texts of
+        labels.json, where it has every label's, and "en" as well PLAIN with a label of ASCII letters. "label"
+        is PLAIN where a label has others: nobody knows its language. "caption" is the clips' own captions,
+        where they have no labels. The first one decides what is seen."""
         path = self.data_root / "labels.json"
         if not self.labelled:
-            return {"en": self.classes}
+            return {"caption": self.classes}
         texts = files.read_json(path) if path.exists() else {}
         given = [texts.get(label, {}) for label in self.classes]
-        found = {"en": [text.get("en") or f"This is a photo of {label.replace('_', ' ')}."
+        kind = "en" if all(text.get("en") or label.isascii()
+                           for label, text in zip(self.classes, given)) else "label"
+        found = {kind: [text.get("en") or PLAIN.format(label.replace("_", " "))
                         for label, text in zip(self.classes, given)]}
-        if all("ko" in text for text in given):
+        if all(text.get("ko") for text in given):
             found["ko"] = [text["ko"] for text in given]
+        if kind == "label" and "ko" in found:  # labels.json has every text, in this language alone
+            del found[kind]
+        return found
+
+    def remarks(self) -> list[str]:
+        """What must be said of the clips before their figures: how few they are, and what stands for a
+        class."""
+        n, found = len(self.rows), []
+        if n < FEWEST:
+            found.append(f"too few clips ({n}) to tell anything: expected at least {FEWEST}; CMMD is left "
+                         "out, and intervals are too narrow")
+        elif n < FEW:
+            found.append(f"{n} clips tell little: of a share of one half the 95 % interval is +- "
+                         f"{0.98 / n ** 0.5:.2f}, and a smaller difference cannot show")
+        unlabelled = sum(not row.label for row in self.rows)
+        if not self.labelled:
+            found.append(f"no clip of split {self.split} has a label, so each clip's caption is its class "
+                         f"({len(self.classes)} classes): the judge must tell captions apart, and two that "
+                         "say the same in other words are two classes")
+        elif unlabelled:
+            found.append(f"{unlabelled} of {n} clips have no label and are left out where labels count")
         return found

@@ -17,16 +17,25 @@ from tqdm import tqdm
 
 from clap2diffusion.base import files, hub
 from clap2diffusion.base.device import DTYPES, pick_device
-from clap2diffusion.base.exits import RunFailed
+from clap2diffusion.base.exits import RunFailed, UserError
 from clap2diffusion.base.progress import bar_options
-from clap2diffusion.base.statistics import bootstrap, interval, show_interval, stratified, summary
+from clap2diffusion.base.statistics import (
+    FEWEST,
+    bootstrap,
+    interval,
+    show_interval,
+    stratified,
+    summary,
+)
 from clap2diffusion.dataset.decoding import SILENT_PEAK, active_rms, load_waveform
 from clap2diffusion.engine.gate_sweep import find_warning
 from clap2diffusion.judging import metrics, page
 from clap2diffusion.judging.clips import Clips, find_data
+from clap2diffusion.judging.equal_weights import compare_adapters
+from clap2diffusion.judging.history import History
 from clap2diffusion.judging.judge import Judge
-from clap2diffusion.judging.page import LANGUAGES, SOUNDS, TEMPLATES
-from clap2diffusion.judging.report import git_commit, training_curves
+from clap2diffusion.judging.page import SOUNDS, TEMPLATES, TEXTS
+from clap2diffusion.judging.report import git_commit
 from clap2diffusion.pictures.generation import embed, load_clap, mix
 from clap2diffusion.pictures.inputs import adapter_facts, find_adapter, scale_of_gate
 from clap2diffusion.pictures.pipelines import load_stock_pipeline, pictures
@@ -46,7 +55,7 @@ class Subject:
 
     def __init__(self, run: str, args: argparse.Namespace):
         self.args, self.run, self.files, self.adapter_path = args, run, {}, find_adapter(run)
-        self.facts = adapter_facts(self.adapter_path)
+        self.facts, self.history = adapter_facts(self.adapter_path), History(self.adapter_path)
         self.folder = Path(run) if Path(run).is_dir() else self.adapter_path.parent
         key = {name: getattr(args, name) for name in ("steps", "precision", "base_model", "noise")}
         if args.scheduler != "base":
@@ -100,11 +109,16 @@ class Subject:
 
 
 def pick_others(clips: Clips, audio_embeds: Tensor, seed: int) -> list[int]:
-    """For each clip another one of as many labels that shares none and is no copy (common.other_sounds)."""
+    """For each clip another one of as many labels that shares none and is no copy (common.other_sounds).
+    Raises UserError: all clips are one recording."""
+    alike = (audio_embeds @ audio_embeds.T > 0.999).numpy() | np.eye(len(audio_embeds), dtype=bool)
+    if alike.all():
+        raise UserError(f"{clips.data_root}: the {len(alike)} clips of split {clips.split} sound alike to "
+                        "CLAP, so none can be given another's sound; expected at least two recordings")
     others, everyone = {}, list(range(len(clips.rows)))
     for arity in {len(kind) for kind in clips.kinds}:
         members = [i for i in everyone if len(clips.kinds[i]) == arity]
-        pool = members if len(members) > 1 else everyone
+        pool = everyone if alike[np.ix_(members, members)].all() else members
         found = other_sounds(["+".join(clips.kinds[i]) for i in pool], audio_embeds[pool], seed)
         others |= {i: pool[j] for i, j in zip(pool, found, strict=True) if i in members}
     return [others[i] for i in everyone]
@@ -119,12 +133,14 @@ class Judged:
         self.names = {language: judge.captions(names) for language, names in clips.captions().items()}
         texts = [row.text or " ".join(kind) for row, kind in zip(clips.rows, clips.kinds)]
         self.captions = judge.captions(texts)  # (n, D)
+        self.classes = next(iter(self.names.values()))  # (k, D)
 
     @functools.cached_property
     def real_distance(self) -> tuple[int, tuple | None]:
-        """(n, CMMD's bootstrap) of the real pictures against others of their labels, a pair for each clip."""
+        """(n, CMMD's bootstrap) of the real pictures against others of their labels, a pair for each clip;
+        None for fewer than FEWEST."""
         pairs = self.clips.reference_pictures()
-        if len(pairs) < 2:
+        if len(pairs) < FEWEST:
             return len(pairs), None
         reference, own = self.judge.images([*pairs.values()]), np.eye(len(pairs), dtype=bool)
         return len(pairs), metrics.cmmd(self.real[[*pairs]], reference, own)
@@ -145,7 +161,7 @@ class Judged:
         found |= {"recall_at_1": ranks == 1, "recall_at_5": ranks <= 5, "median_rank": ranks}
         if clips.pairs:
             truth = [clips.indices(clips.kinds[i]) for i in clips.pairs]
-            of_two = metrics.found_of_two(images[clips.pairs] @ self.names["en"].T, truth)
+            of_two = metrics.found_of_two(images[clips.pairs] @ self.classes.T, truth)
             heard = np.array([frozenset(clips.kinds[i]) in clips.heard for i in clips.pairs])
             for name, those in (("heard", heard), ("unheard", ~heard)):
                 found |= {f"both_{name}": of_two[those] == 2, f"one_{name}": of_two[those] >= 1}
@@ -159,9 +175,9 @@ def about(clips: Clips) -> dict[str, dict]:
     kinds = ("heard", "unheard", "mixed") if k > 1 else ()
     both = {f"both_{kind}": 2 / (k * (k - 1)) for kind in kinds}
     one = {f"one_{kind}": 1 - (k - 2) * (k - 3) / (k * (k - 1)) for kind in kinds}
-    chance = {"top1_en": 1 / k, "top1_ko": 1 / k, "top5_en": min(1, 5 / k), "top5_ko": min(1, 5 / k),
-              "iis_win_rate": 0.5, "cis_win_rate": 0.5, "recall_at_1": 1 / n, "recall_at_5": min(1, 5 / n),
-              "median_rank": (n + 1) / 2, **both, **one}
+    top = {f"top{m}_{text}": min(1, m / k) for m in (1, 5) for text in TEXTS}
+    chance = {**top, "iis_win_rate": 0.5, "cis_win_rate": 0.5,
+              "recall_at_1": 1 / n, "recall_at_5": min(1, 5 / n), "median_rank": (n + 1) / 2, **both, **one}
     return {name: {"title": texts["title"].format(n=n), "about": texts["about"].format(n=n),
                    "chance": chance.get(name), "one_drawn": 1 / (k - 1) if name in both else None,
                    "higher_is_better": name not in ("median_rank", "cmmd")}
@@ -171,22 +187,23 @@ def about(clips: Clips) -> dict[str, dict]:
 def measure_table(judged: Judged, embeds: dict[str, np.ndarray], others: list[int]
                   ) -> tuple[dict[str, dict], dict[str, tuple]]:
     """(each measure with its interval for each sound and for real pictures, the right sound's bootstraps)."""
-    boots, n, own = {}, {"cmmd": len(judged.real)}, np.eye(len(judged.real), dtype=bool)
+    boots, own, enough = {}, np.eye(len(judged.real), dtype=bool), len(judged.real) >= FEWEST
+    n = {"cmmd": len(judged.real)} if enough else {}  # of few clips a resample may hold one clip alone
     shared = {"right": own, "silence": None, "other": own[others]}  # pairs (picture, real) of one clip
     for kind, images in {**embeds, "real": judged.real}.items():
         values = judged.measures(images)
         n |= {name: len(of_clips) for name, of_clips in values.items()}
         boots[kind] = {name: bootstrap(of_clips, np.median if name == "median_rank" else None)
                        for name, of_clips in values.items()}
-        if kind != "real":
+        if kind != "real" and enough:
             boots[kind]["cmmd"] = metrics.cmmd(images, judged.real, shared[kind])
-    n_real, distance = judged.real_distance
+    n_real, distance = judged.real_distance if enough else (0, None)
     boots["real"] |= {"cmmd": distance} if distance else {}
     table = {name: {**facts, "n": n[name],
                     **{kind: summary(*found[name]) for kind, found in boots.items() if name in found}}
              for name, facts in about(judged.clips).items() if name in n}
-    if n_real != n["cmmd"]:
-        table["cmmd"]["title"] += f" (real pictures: n {n_real})"  # of the others training has no such label
+    if enough and n_real != n["cmmd"]:  # of the others training has no such label
+        table["cmmd"]["title"] += f" (real pictures: n {n_real}{'' if distance else ', too few'})"
     return table, boots["right"]
 
 
@@ -207,7 +224,7 @@ def follow_properties(clips: Clips, pictures: dict[str, list], others: list[int]
     `real` is the measure's own accuracy, on real renders. `right` pairs a clip with its picture, `shuffled`
     with the picture of another clip's sound, where nothing may be left."""
     known = set_properties(clips, world)
-    if len(known) < 10:
+    if len(known) < FEWEST:  # which properties_remark() says
         return {}, {}
     shown = {"real": (clips.real, known), "right": (pictures["right"], known),
              "shuffled": (pictures["other"], [others[i] for i in known])}
@@ -223,6 +240,13 @@ def follow_properties(clips: Clips, pictures: dict[str, list], others: list[int]
                        "points": points["right"].tolist()}
         right[f"rho_{name}"] = boots["right"]
     return found, right
+
+
+def properties_remark(clips: Clips, world) -> list[str]:
+    """Why there are no correlations, if the clips have properties that could be followed."""
+    n = len(set_properties(clips, world))
+    return [f"too few clips ({n}) with known properties for rank correlations: expected at least {FEWEST}"
+            ] if 0 < n < FEWEST else []
 
 
 def diversity(judged: Judged, subject: Subject, right: np.ndarray, seeds: int) -> dict:
@@ -274,7 +298,7 @@ def mixtures(judged: Judged, subject: Subject, jobs: list[tuple[int, int]]) -> n
     seeds = [subject.args.seed + 200_000 + k for k in range(len(jobs))]
     images = judged.judge.images(subject.pictures("mix", torch.cat(embeds), seeds))
     truth = [clips.indices(clips.kinds[i][0] for i in job) for job in jobs]
-    return metrics.found_of_two(images @ judged.names["en"].T, truth)
+    return metrics.found_of_two(images @ judged.classes.T, truth)
 
 
 def gate_strips(clips: Clips, subject: Subject, n: int = 5) -> list[dict]:
@@ -298,7 +322,7 @@ def evaluate(subject: Subject, judged: Judged, others: list[int], quick: bool, w
                 "silence": subject.pictures("silence", torch.zeros_like(sounds), seeds, guidance=1.0),
                 "other": subject.pictures("other", sounds[others], seeds)}
     embeds = {sound: judged.judge.images(images) for sound, images in pictures.items()}
-    seen = {sound: (images @ judged.names["en"].T).argmax(1) for sound, images in embeds.items()}
+    seen = {sound: (images @ judged.classes.T).argmax(1) for sound, images in embeds.items()}
     table, right = measure_table(judged, embeds, others)
     bins = [range(len(clips.classes) + 1)] * 2  # counts (k, k) by the sound's class and the one that is seen
     counts = {sound: np.histogram2d(clips.truth, classes[clips.single], bins)[0].astype(int).tolist()
@@ -325,9 +349,14 @@ def evaluate(subject: Subject, judged: Judged, others: list[int], quick: bool, w
 
 
 def unproven(subject: Subject) -> list[str]:
-    """Why stage 3 did not show that the sound helps, from the adapter or the result beside it; or nothing."""
-    warning = subject.facts["warning"] or find_warning(subject.adapter_path.parent)
-    return [warning] if warning else []
+    """What speaks against the training: why stage 3 did not show that the sound helps, from the adapter or
+    the result beside it, and what its history says."""
+    stages = subject.history.stages
+    own = stages[-1].folder if stages else subject.adapter_path.parent
+    warning = subject.facts["warning"] or (find_warning(own) if subject.facts["stage"] == "stage3" else "")
+    if stages and stages[-1].warnings():  # which say the same of it
+        warning = ""
+    return [*([warning] if warning else []), *subject.history.warnings()]
 
 
 def warnings_of(spread: dict) -> list[str]:
@@ -358,11 +387,11 @@ def compare_runs(a: dict, b: dict, found: dict, found_b: dict) -> dict:
 
 
 def check_judge(judged: Judged, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Share of the real single-label pictures whose label the judge names, by language, which is printed.
+    """Share of the real single-label pictures whose label the judge names, by page.TEXTS, which is printed.
     Raises RunFailed: it is below --min-judge."""
     n, right = len(judged.clips.single), judged.measures(judged.real)
     accuracy = {language: interval(right[f"top1_{language}"]) for language in judged.names if n}
-    parts = [f"{LANGUAGES[language]} {show_interval(values)}" for language, values in accuracy.items()]
+    parts = [f"{TEXTS[language]} {show_interval(values)}" for language, values in accuracy.items()]
     print(f"the judge reads real pictures: {', '.join(parts)} (n {n})", flush=True)
     worst = min((values[0] for values in accuracy.values()), default=1.0)
     if worst < args.min_judge:
@@ -373,7 +402,7 @@ def check_judge(judged: Judged, args: argparse.Namespace) -> dict[str, list[floa
 
 
 def sweep_guidance(subject: Subject, judge: Judge, clips: Clips) -> list[dict]:
-    """What each of --guidance-sweep gives on these clips: {guidance, n, iis_win_rate, top1_en}, intervals.
+    """What each of --guidance-sweep gives on these clips: {guidance, n, iis_win_rate, top1_...}, intervals.
     The highest win rate of image-image similarity is the best."""
     judged, audio_embeds, found = Judged(judge, clips), subject.hear(clips), []
     seeds = [subject.args.seed + 300_000 + i for i in range(len(clips.rows))]
@@ -381,7 +410,8 @@ def sweep_guidance(subject: Subject, judge: Judge, clips: Clips) -> list[dict]:
         images = subject.pictures("guidance", audio_embeds, seeds, guidance=guidance)
         values = judged.measures(judge.images(images))
         found.append({"guidance": guidance, "n": len(seeds), **{
-            name: interval(values[name]) for name in ("iis_win_rate", "top1_en") if name in values}})
+            name: interval(of_clips) for name, of_clips in values.items()
+            if name == "iis_win_rate" or name.startswith("top1_")}})
     return found
 
 
@@ -393,6 +423,8 @@ def evaluate_run(args: argparse.Namespace, world) -> None:
     subject = Subject(args.run, args)
     facts, data_root = subject.facts, find_data(args, subject.adapter_path)
     clips = Clips(data_root, args.split, args.clips, facts["image_size"])
+    remarks = [*clips.remarks(), *properties_remark(clips, world)]
+    print(*(f"warning: {line}" for line in remarks), sep="\n", end="\n" * bool(remarks), flush=True)
     some = Clips(data_root, "val", SWEEP_CLIPS, facts["image_size"]) if args.guidance_sweep else None
     judged = Judged(Judge(args.judge, pick_device(args.device, args.precision)[0]), clips)
     accuracy = check_judge(judged, args)
@@ -403,22 +435,25 @@ def evaluate_run(args: argparse.Namespace, world) -> None:
     others = pick_others(clips, subject.audio_embeds, args.seed)
     found, right = evaluate(subject, judged, others, args.quick, world)
     evaluation = {
-        "format": 1, "run": args.run, "adapter": str(subject.adapter_path), "data_root": str(data_root),
+        "format": 2, "run": args.run, "adapter": str(subject.adapter_path), "data_root": str(data_root),
         "split": args.split, "n": len(clips.rows), "n_single": len(clips.single), "n_pairs": len(clips.pairs),
-        "quick": args.quick, "trained": {key: facts[key] for key in TRAINED},
+        "labelled": clips.labelled, "quick": args.quick, "trained": {key: facts[key] for key in TRAINED},
         "settings": {key: getattr(args, key) for key in SETTINGS},
         "judge": {"name": args.judge, "accuracy": accuracy, "n": len(clips.single)}, **found,
         "guidance_sweep": sweep,
-        "warnings": [*unproven(subject), *warnings_of(found["diversity"])],
-        "training": training_curves(subject.adapter_path.parent.parent), "git_commit": git_commit()}
+        "warnings": [*unproven(subject), *remarks, *warnings_of(found["diversity"])],
+        "training": subject.history.curves(), "git_commit": git_commit()}
     if args.against:
         other = Subject(args.against, args)
         other.load(clips)
         found_b, right_b = evaluate(other, judged, others, args.quick, world)
         comparison = compare_runs(right, right_b, found, found_b)
+        shared = compare_adapters(subject.adapter_path, other.adapter_path, args)
         evaluation["warnings"] += [f"{args.against}: {line}" for line in unproven(other)]
+        if shared.all:
+            evaluation["warnings"].append(f"{shared.line}, so every difference is 0 whatever was trained")
         evaluation["against"] = {"run": args.against, "measures": found_b["measures"],
-                                 "clips": found_b["clips"], "comparison": comparison}
+                                 "clips": found_b["clips"], "comparison": comparison, "equal": shared.line}
     write_evaluation(subject.folder / f"evaluation{'-noise' if args.noise else ''}", evaluation)
 
 

@@ -8,7 +8,7 @@ import math
 import numpy as np
 from scipy.stats import rankdata, t
 
-from clap2diffusion.base.statistics import resamples, summary
+from clap2diffusion.base.statistics import FEWEST, resamples, summary
 
 
 def ranks_of_truth(similarity: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -96,12 +96,16 @@ def compare(a: tuple[float, np.ndarray], b: tuple[float, np.ndarray], n: int,
     """The difference a - b of two bootstraps over the same n clips: interval, verdict, n that would show it.
     Both were resampled alike, so the differences of their draws are those of the paired bootstrap. n_needed
     is the number of clips at which a difference of this size has 80 % power in a two-sided 5 % test: n (1.96
-    + 0.84)^2 (standard error / difference)^2, a normal approximation, and None for a difference of 0."""
+    + 0.84)^2 (standard error / difference)^2, a normal approximation, and None for a difference of 0, to
+    rounding. Fewer than FEWEST clips get no verdict."""
     draws = a[1] - b[1]
     value, low, high = summary(a[0] - b[0], draws)
     better = "A better" if (low > 0) == higher_is_better else "B better"
     verdict = better if low > 0 or high < 0 else "no difference shown at this n"
-    needed = math.ceil(n * ((1.959964 + 0.841621) * float(np.std(draws)) / value) ** 2) if value else None
+    if n < FEWEST:
+        verdict = f"too few clips ({n}) to tell"
+    z = (1.959964 + 0.841621) * float(np.std(draws)) / value if abs(value) > 1e-12 else 0.0
+    needed = math.ceil(n * z ** 2) or None
     return {"difference": [value, low, high], "n": n, "verdict": verdict, "n_needed": needed}
 
 

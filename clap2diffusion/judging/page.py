@@ -18,14 +18,15 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from clap2diffusion.base.statistics import show_interval
+from clap2diffusion.base.statistics import FEWEST, show_interval
 from clap2diffusion.dataset.decoding import BadFile, load_picture, load_waveform, open_image
 from clap2diffusion.engine.gate_sweep import NAMES as SOUNDS
 from clap2diffusion.engine.gate_sweep import draw_sweep
 from clap2diffusion.judging.clips import pick_clips
 from clap2diffusion.pictures.sheets import png_bytes, spectrogram
 
-LANGUAGES = {"en": "English", "ko": "Korean"}
+TEXTS = {"en": "English", "ko": "Korean",  # what the judge reads of a class
+         "label": "the labels' own words", "caption": "the clips' captions"}
 SHEET_CLIPS = 30
 SOUND_RATE, SOUND_S = 24_000, 10.0
 PICTURE_SIDE, SMALL_SIDE = 224, 128  # larger pictures are made smaller; small ones keep their pixels
@@ -49,14 +50,22 @@ def confused(classes: list[str], counts: list[list[int]]) -> list[tuple[int, str
     return sorted(found, key=lambda entry: -entry[0])
 
 
+def heading(name: str, kind: str) -> str:
+    """How a stage is called: "stage 2", or the name of a copy, "huber, a stage 2"."""
+    own = kind.replace("stage", "stage ")
+    return own if name == kind else f"{name}, a {own}"
+
+
 def words(label: str) -> str:
     """A label as it is read: "dog_barking+rain" is "dog barking + rain"."""
     return label.replace("_", " ").replace("+", " + ")
 
 
 def verdict(seen: str, label: str, other_label: str = "") -> str:
-    """What the judge saw, marked as the clip's label, as that of the sound it was given, or as neither."""
-    sign = "✓" if seen in label.split("+") else "↪" if seen in other_label.split("+") else "✗"
+    """What the judge saw, marked as the clip's label, as that of the sound it was given, or as neither. A
+    caption that is a class may have a + of its own."""
+    sign = ("✓" if seen in (label, *label.split("+")) else
+            "↪" if seen in (other_label, *other_label.split("+")) else "✗")
     return f"{sign} {words(seen)}"
 
 
@@ -150,6 +159,7 @@ TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), undefine
                         lstrip_blocks=True, keep_trailing_newline=True)
 TEMPLATES.filters["interval"] = show_interval
 TEMPLATES.globals |= {
-    "SOUNDS": SOUNDS, "LANGUAGES": LANGUAGES, "MAX_MATRIX": MAX_MATRIX, "confused": confused, "words": words,
-    "verdict": verdict, "picture": picture, "sound": sound, "file_name": lambda path: Path(path).name,
-    "property_plot": property_plot, "sweep_plot": sweep_plot, "loss_plot": loss_plot, "zip": zip}
+    "SOUNDS": SOUNDS, "TEXTS": TEXTS, "FEWEST": FEWEST, "MAX_MATRIX": MAX_MATRIX, "zip": zip,
+    "confused": confused, "words": words, "heading": heading, "verdict": verdict, "picture": picture,
+    "sound": sound, "file_name": lambda path: Path(path).name, "property_plot": property_plot,
+    "sweep_plot": sweep_plot, "loss_plot": loss_plot}

@@ -27,6 +27,8 @@ from clap2diffusion.dataset.captions import text_limit
 from clap2diffusion.pictures.sheets import tile
 
 MOST_DIFFERENCE = 1e-4  # of stock diffusers' prediction from ours
+UNPROVEN = "unproven.safetensors"  # an adapter file until it is checked; no run is left with one
+REHEARSAL_SIZE = 16  # largest side of its latents: a weight that is not exported shows there as well
 
 
 def load_base_pipeline(base_dir: Path, dtype=torch.float32, **parts):
@@ -62,9 +64,10 @@ def load_stock_pipeline(base_dir: Path, adapter_path: Path, device: str = "cpu",
 
 
 def stock_layout(weights: dict[str, nn.Module], unet: nn.Module) -> dict[str, Tensor]:
-    """The adapter as diffusers' tensors, with sqrt(E), tanh(gate) and LoRA's alpha / rank folded in."""
+    """The adapter as diffusers' tensors, with sqrt(E), tanh(gate) and LoRA's alpha / rank folded in. A part
+    that a changed script adds has its place here too; gradients flow back through these tensors."""
     audio_proj, audio_attn = weights["audio_proj"], weights["audio_attn"]
-    tensors = {f"image_proj.{key}": weight for key, weight in audio_proj.state_dict().items()}
+    tensors = {f"image_proj.{key}": weight for key, weight in audio_proj.state_dict(keep_vars=True).items()}
     tensors["image_proj.proj.0.weight"] = audio_proj.proj[0].weight * math.sqrt(audio_proj.input_dim)
     for i, (to_k, to_v) in enumerate(zip(audio_attn.to_k, audio_attn.to_v)):
         tensors[f"ip_adapter.{2 * i + 1}.to_k_ip.weight"] = to_k.weight
@@ -77,7 +80,7 @@ def stock_layout(weights: dict[str, nn.Module], unet: nn.Module) -> dict[str, Te
                 up = layer.lora_B["lora"].weight * layer.scaling["lora"]
                 tensors[f"ip_adapter.{i}.{key}_lora.down.weight"] = layer.lora_A["lora"].weight
                 tensors[f"ip_adapter.{i}.{key}_lora.up.weight"] = up
-    return {key: weight.detach().float().cpu().contiguous() for key, weight in tensors.items()}
+    return tensors
 
 
 def write_adapter(path: Path, weights: dict[str, nn.Module], unet: nn.Module, header: dict) -> None:
@@ -85,41 +88,124 @@ def write_adapter(path: Path, weights: dict[str, nn.Module], unet: nn.Module, he
     named = ("stage", "step", "base_model", "clap_model", "fingerprints", "dims")
     facts = {**{key: header[key] for key in named}, "image_size": header["settings"]["image_size"],
              "tanh_gate": float(torch.tanh(weights["audio_attn"].gate.detach())),
-             "warning": header.get("warning", "")}
-    tensors = stock_layout(weights, unet)
+             "warning": header.get("warning", ""),
+             **{key: header[key] for key in ("name", "best_step", "verdict", "history") if key in header}}
+    tensors = {key: weight.detach().float().cpu().contiguous()
+               for key, weight in stock_layout(weights, unet).items()}
     # as NumPy arrays, which is how adapter_facts() reads them: a digest names the type
     facts["sha256"] = tensor_file.digest(facts, {name: tensor.numpy() for name, tensor in tensors.items()})
     files.write_atomic(path, save(tensors, {"clap2diffusion": json.dumps(facts)}))
 
 
-@torch.inference_mode()
-def check_export(adapter_path: Path, base_dir: Path, weights: dict[str, nn.Module], unet: nn.Module,
+@contextmanager
+def _in_float32(weights: dict[str, nn.Module], unet: nn.Module, stock: nn.Module):
+    """Inside, UNet and weights are in eval mode and on the CPU in float32. What is frozen in a UNet that is
+    held in fewer bits is taken from `stock`. Afterwards all is as it was, bit for bit, device included."""
+    parts = [part for part in (unet, *weights.values()) if isinstance(part, nn.Module)]
+    modules = {m: (m.training, dict(m._buffers)) for part in parts for m in part.modules()}
+    own = {p for part in weights.values() for p in part.parameters()}  # stays as trained
+    kept = {p: p.data for p in (*unet.parameters(), *own)}
+    fewer_bits, layers = next(unet.parameters()).dtype != torch.float32, {}
+    try:
+        if fewer_bits:  # bitsandbytes' 4-bit layers hold a quant_state
+            layers = {name: layer for name, layer in unet.named_modules() if hasattr(layer, "quant_state")}
+            for name in layers:
+                unet.set_submodule(name, stock.get_submodule(name))
+            whole = {name.replace(".base_layer", ""): p for name, p in stock.named_parameters()}
+            for name, p in unet.named_parameters():
+                if p not in own:
+                    p.data = whole.get(name.replace(".base_layer", ""), p).data
+        for p in (*unet.parameters(), *own):
+            p.data = p.data.float().cpu()
+        for module in modules:
+            module.training = False
+            for key, buffer in module._buffers.items():
+                module._buffers[key] = None if buffer is None else buffer.cpu()
+        yield
+    finally:
+        for name, layer in layers.items():
+            unet.set_submodule(name, layer)
+        for p, data in kept.items():
+            p.data = data
+        for module, (training, buffers) in modules.items():
+            module.training = training
+            module._buffers.update(buffers)
+
+
+@torch.no_grad()
+def check_export(adapter_path: Path, base_dir: Path, forward, weights: dict[str, nn.Module], unet: nn.Module,
                  batch: dict[str, Tensor]) -> float:
     """The largest difference of a stock pipeline's prediction from our own, on the CPU in float32, relative
-    to the largest predicted value if that is above 1. Raises RunFailed: it is above MOST_DIFFERENCE. The
-    modules stay there, since nothing trains them any more. batch: noisy_latents (B, C, h, w), timesteps (B,),
-    text_tokens (B, L, D), audio_embeds (B, E)."""
+    to the largest predicted value if that is above 1. The modules are afterwards as they were before.
+    forward(noisy_latents, timesteps, text_tokens, audio_embeds): our prediction, as a stage trains it.
+    batch: noisy_latents (B, C, h, w), timesteps (B,), text_tokens (B, L, D), audio_embeds (B, E).
+    Raises RunFailed: it is above MOST_DIFFERENCE; the sentence says what the file lacks."""
     pipe = load_stock_pipeline(base_dir, adapter_path, vae=None, text_encoder=None, tokenizer=None)
-    if next(unet.parameters()).dtype != torch.float32:  # held in fewer bits; its LoRA stays as trained
-        for name, module in list(unet.named_modules()):
-            if hasattr(module, "quant_state"):  # bitsandbytes' 4-bit layer
-                unet.set_submodule(name, pipe.unet.get_submodule(name))
-        whole = dict(pipe.unet.named_parameters())
-        for name, p in unet.named_parameters():
-            p.data = p.data.float() if ".lora_" in name else whole[name].data.clone()
-    for module in (weights["audio_proj"], weights["audio_attn"], unet.eval()):
-        module.cpu()
-    latents, timesteps, text_tokens, audio_embeds = (
-        batch[key].cpu() for key in ("noisy_latents", "timesteps", "text_tokens", "audio_embeds"))
-    with torch.compiler.set_stance("force_eager"):  # a compiled UNet would compile anew for this batch
-        ours = unet(latents, timesteps, (text_tokens, weights["audio_proj"](audio_embeds))).sample
-    stock = pipe.unet(latents, timesteps, text_tokens,
-                      added_cond_kwargs={"image_embeds": [audio_embeds[:, None]]}).sample
+    latents, timesteps, text_tokens, audio_embeds = inputs = [
+        batch[key].cpu() for key in ("noisy_latents", "timesteps", "text_tokens", "audio_embeds")]
+    # a compiled UNet would compile anew for this batch
+    with _in_float32(weights, unet, pipe.unet), torch.compiler.set_stance("force_eager"):
+        ours = forward(*inputs)
+        stock = pipe.unet(latents, timesteps, text_tokens,
+                          added_cond_kwargs={"image_embeds": [audio_embeds[:, None]]}).sample
     difference = float((ours - stock).abs().max() / max(1.0, float(ours.abs().max())))
     if not difference <= MOST_DIFFERENCE:
-        raise RunFailed(f"{adapter_path}: stock diffusers' prediction differs from ours by {difference:.2e}, "
-                        f"expected at most {MOST_DIFFERENCE:g}; keep the file and report it")
+        lost = lost_in_export(weights, unet)
+        what = (f"nothing in the exported file depends on {', '.join(lost[:3])}"
+                + f" and {len(lost) - 3} more" * (len(lost) > 3) if lost else
+                "every weight that trains is in the exported file, but not all that is done with them")
+        raise RunFailed(f"stock diffusers' prediction differs from ours by {difference:.2e}, expected at "
+                        f"most {MOST_DIFFERENCE:g}: {what}; fold it into stock_layout() in clap2diffusion/"
+                        "pictures/pipelines.py, as tanh(gate) is folded into the audio V")
     return difference
+
+
+def lost_in_export(weights: dict[str, nn.Module], unet: nn.Module) -> list[str]:
+    """The names of the weights that train and on which no tensor of stock_layout() depends."""
+    named = {}
+    for name, part in weights.items():
+        own = (part.named_parameters() if isinstance(part, nn.Module) else
+               zip(part.state_dict(), part.parameters()))
+        named |= {f"{name}.{key}": p for key, p in own if p.requires_grad}
+    with torch.enable_grad():
+        total = sum(weight.float().sum().cpu() for weight in stock_layout(weights, unet).values())
+        if not total.requires_grad:
+            return list(named)
+        found = torch.autograd.grad(total, list(named.values()), allow_unused=True)
+    return [name for name, gradient in zip(named, found) if gradient is None]
+
+
+@contextmanager
+def _moved(parameters: list[nn.Parameter]):
+    """Inside, each number of the parameters is moved by a fixed step. What begins at 0 or at 1, such as a
+    LoRA's B or a factor, does nothing there, and a file without it would be right. Then: the old bits."""
+    kept = {p: p.data for p in parameters}
+    generator = torch.Generator().manual_seed(0)  # its own: training's draws stay what they are
+    try:
+        for p, data in kept.items():
+            signs = torch.randint(0, 2, data.shape, generator=generator).to(data) * 2 - 1
+            p.data = data + signs * (0.02 + 0.1 * data.square().mean().sqrt())
+        yield
+    finally:
+        for p, data in kept.items():
+            p.data = data
+
+
+def rehearse_export(folder: Path, base_dir: Path, forward, weights: dict[str, nn.Module], unet: nn.Module,
+                    header: dict, parameters: list[nn.Parameter], batch: dict[str, Tensor]) -> float:
+    """write_adapter() and check_export() before training, with all `parameters` that train moved away from
+    where they begin, on latents of at most REHEARSAL_SIZE a side. Neither the weights nor torch's generators
+    change; the file is removed. Raises RunFailed, as check_export() does."""
+    path, latents = folder / UNPROVEN, batch["noisy_latents"][..., :REHEARSAL_SIZE, :REHEARSAL_SIZE]
+    try:
+        with torch.random.fork_rng(devices=[]), _moved(parameters):
+            write_adapter(path, weights, unet, header)
+            return check_export(path, base_dir, forward, weights, unet, batch | {"noisy_latents": latents})
+    except RunFailed as error:
+        raise RunFailed(f"{folder}: tried before training, with every weight that trains moved: "
+                        f"{error}") from None
+    finally:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
