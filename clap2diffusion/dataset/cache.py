@@ -244,9 +244,8 @@ def find_known(folder: Path, key: str, rows: list[Row], stats: list, made_by: st
             linked[name] = link_shard(paths[name], folder / name)
         return linked[name]
     known = Known([], {})
-    bar = tqdm(rows, disable=not by_content, **bar_options(desc="looking for known files", unit="row",
-                                                           leave=False))
-    for i, row in enumerate(bar if by_content else ()):
+    for i, row in enumerate(tqdm(rows if by_content else (), disable=not by_content, **bar_options(
+            desc="looking for known files", unit="row", leave=False))):
         place = by_stats.get(short_name([str(row.root), stats[i]]))
         if place is None and sizes_of(stats[i]) in sizes:
             with contextlib.suppress(OSError):  # a missing file is named later

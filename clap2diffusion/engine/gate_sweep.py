@@ -62,14 +62,18 @@ def judge_gate(ended: str, tanh_gate: float, validation: dict[str, list[float]],
                        f"{why or 'where it is the right sound is better than silence and than another'}")
 
 
+def _read_result(folder: Path) -> dict:
+    path = folder / "result.json"
+    return files.read_json(path) if path.exists() else {}
+
+
 def read_verdict(folder: Path) -> tuple[str, str]:
     """judge_gate() of a finished stage 3, from its result.json; ('', '') for a folder without one. Results
     from before there was a verdict are judged now."""
-    if not (folder / "result.json").exists():
-        return "", ""
-    result, cfg = files.read_json(folder / "result.json"), files.read_json(folder / "config.json")
+    result = _read_result(folder)
     if "window" not in result:  # only stage 3 has one
         return "", ""
+    cfg = files.read_json(folder / "config.json")
     found = judge_gate(result["ended"], result["tanh_gate"], result["validation"],
                        cfg["val_clips"] or FEWEST, argparse.Namespace(**cfg))
     return result.get("verdict", found[0]), result.get("warning", found[1])
@@ -78,9 +82,7 @@ def read_verdict(folder: Path) -> tuple[str, str]:
 def find_warning(folder: Path) -> str:
     """Why a finished stage's result may be worth nothing, from its result.json: of stage 3 what judge_gate()
     says, of the others nothing_learned(); '' for a good one and for a folder without a result."""
-    if not (folder / "result.json").exists():
-        return ""
-    return read_verdict(folder)[1] or nothing_learned(files.read_json(folder / "result.json"))
+    return read_verdict(folder)[1] or nothing_learned(_read_result(folder))
 
 
 def asks_for_proof(cfg) -> bool:
