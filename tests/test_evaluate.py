@@ -72,6 +72,7 @@ def perfect_pictures(world, splits=("test",)):
 def test_a_perfect_model_scores_as_the_real_pictures_and_silence_at_chance(
         small_run, large_world, monkeypatch):
     monkeypatch.setattr(evaluation, "pictures", perfect_pictures(large_world))
+    monkeypatch.setattr(evaluation, "MIXES", 2)  # of each pair of sounds; their pictures are of nothing here
     evaluate.main(["--run", str(small_run), "--data-root", str(large_world), "--judge", str(JUDGE)])
     found = result(small_run)
     assert found["n"] == 100 and found["n_single"] == 80 and found["n_pairs"] == 20
@@ -128,7 +129,7 @@ def test_the_guidance_is_chosen_on_validation_clips(small_run, world, monkeypatc
 
 def test_noise_for_tokens_scores_at_chance_everywhere(small_run, large_world):
     evaluate.main(["--run", str(small_run), "--data-root", str(large_world), "--judge", str(JUDGE), "--noise",
-                   "--steps", "3", "--quick"])
+                   "--steps", "2", "--quick"])
     found = result(small_run, "evaluation-noise")
     for name, row in found["measures"].items():
         if row["chance"] is None:
@@ -146,7 +147,7 @@ def test_noise_for_tokens_scores_at_chance_everywhere(small_run, large_world):
 def test_the_figures_are_those_of_the_pictures_on_disk_and_a_second_run_makes_none(small_run, world):
     from transformers import AutoTokenizer, SiglipImageProcessorPil, SiglipModel
     command = ("evaluate.py", "--run", small_run, "--data-root", world, "--judge", JUDGE, "--steps", 2,
-               "--guidance", 2)
+               "--guidance", 2, "--quick")
     first = ok(script(*command))
     found = result(small_run)
     assert "zero-shot top-1, English" in first.stdout and (small_run / "evaluation.md").exists()
@@ -620,6 +621,21 @@ def test_a_copied_stage_has_its_own_curves_and_its_own_report(huber, world, monk
     assert Image.open(huber / "report.png").size == (104 + 2 * 132, 22 + 5 * 132)  # two stages and silence
     for name in ("samples.png", "adapter.safetensors", "final.safetensors"):
         assert name not in files or (huber / name).read_bytes() == files[name]
+
+
+def test_a_sheet_made_in_batches_has_each_picture_in_its_column(run, world, monkeypatch):
+    def pictures(pipe, audio_embeds, prompts, guidance, steps, seeds, size):
+        """A colour that tells sound and noise."""
+        return [Image.new("RGB", (size, size), (int(255 * abs(one[0])), 50 * seed, int(255 * abs(one[1]))))
+                for one, seed in zip(audio_embeds, seeds, strict=True)]
+    monkeypatch.setattr(report, "pictures", pictures)
+    monkeypatch.setattr(report, "load_stock_pipeline", lambda *args: None)
+    stages = History(run / "stage3/adapter.safetensors").stages
+    alone, batched = (report.make_sheet(stages, evaluate.build_parser().parse_args(
+        ["--data-root", str(world), "--columns", "5", "--batch-size", n])) for n in ("1", "2"))
+    assert alone.tobytes() == batched.tobytes()
+    silence = [alone.getpixel((104 + i * 132 + 64, 22 + 5 * 132 + 64)) for i in range(5)]
+    assert silence == [(0, 50 * i, 0) for i in range(5)]  # each column its own noise, and no sound
 
 
 def test_a_report_needs_the_stage_that_wrote_the_adapter(huber, copied):

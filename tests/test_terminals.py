@@ -37,11 +37,10 @@ def good_data(tmp_path: Path) -> Path:
 
 # --- what the output cannot show ----------------------------------------------------------------------------
 
-@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
-def test_a_prompt_that_the_output_cannot_show_is_drawn_all_the_same(encoding, run, world, tmp_path):
+def test_a_prompt_that_the_output_cannot_show_is_drawn_all_the_same(run, world, tmp_path):
     sound, out = next((world / "audio").iterdir()), tmp_path / "out.png"
     done = begun("generate.py", "--run", run, "--audio", sound, "--steps", "2", "--prompt", KOREAN, "--out",
-                 out, PYTHONIOENCODING=encoding)
+                 out, PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr.decode()[-2000:]
     assert json.loads(Image.open(out).text["clap2diffusion"])["prompt"] == KOREAN
     assert ascii(KOREAN) in done.stdout.decode("ascii")
@@ -185,7 +184,8 @@ def without_encoding(source: str) -> list[str]:
                      if key.arg != "text" or ast.unparse(key.value) == "True"}
             texts = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
             named = "encoding" in given or any(text.startswith("utf-8") for text in texts)
-            binary = texts and "b" in texts[-1] or owner in ("os", "Image", "tarfile", "zipfile")
+            others = ("os", "Image", "tarfile", "zipfile", "av", "context")
+            binary = texts and "b" in texts[-1] or owner in others
             if (name in ("read_text", "write_text") and owner != "files" and not named
                     or name == "open" and not binary and not named
                     or given & {"text", "universal_newlines"} and not named):

@@ -15,12 +15,16 @@ import os
 import resource
 import runpy
 import sys
+import tempfile
 import threading
 import weakref
+from unittest import mock
 
 
 def load() -> None:
     """Import what the scripts import of the libraries. Their finalizers are not for a script's end."""
+    with mock.patch("atexit.register"):  # looks for leaks, at the end of each script
+        import soxr  # noqa: F401
     import bitsandbytes  # noqa: F401
     import diffusers
     import diffusers.training_utils
@@ -33,10 +37,11 @@ def load() -> None:
     import PIL.ImageFont
     import scipy.stats  # noqa: F401
     import soundfile  # noqa: F401
-    import soxr  # noqa: F401
     import torch.utils.tensorboard  # noqa: F401
     import transformers
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     PIL.Image.init()
+    get_checkpoint_conversion_mapping("clap")  # makes the table of all models, which each script would make
     _ = (diffusers.StableDiffusionPipeline, diffusers.AutoencoderKL, diffusers.UNet2DConditionModel,
          diffusers.DDPMScheduler, diffusers.DPMSolverMultistepScheduler, diffusers.UniPCMultistepScheduler,
          transformers.CLIPTextModel, transformers.CLIPTokenizer, transformers.RobertaTokenizerFast,
@@ -86,6 +91,9 @@ def run(path: str) -> int:
 
 if __name__ == "__main__":
     load()
+    # our own modules are compiled once, not at each of 1,000 starts, and nothing comes to lie beside them
+    sys.dont_write_bytecode = False
+    sys.pycache_prefix = f"{tempfile.gettempdir()}/clap2diffusion-tests-{os.getuid()}"
     gc.collect()
     gc.freeze()  # or every script would collect these objects at its end, for two seconds
     os.write(1, b"0\n")

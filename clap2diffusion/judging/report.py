@@ -61,9 +61,12 @@ def make_sheet(stages: list[Stage], args: argparse.Namespace) -> Image.Image:
         pipe = load_stock_pipeline(base, find_adapter(str(stage.folder)), device, dtype)
         silence = [torch.zeros_like(audio_embeds)] if stage is stages[-1] else []
         for embeds in (audio_embeds, *silence):
-            for i, column in enumerate(columns):
-                seed = args.seed + i
-                column += pictures(pipe, embeds[i:i + 1], [""], args.guidance, args.steps, [seed], size=size)
+            for at in range(0, len(rows), args.batch_size):
+                chunk = range(at, min(at + args.batch_size, len(rows)))
+                images = pictures(pipe, embeds[chunk], [""] * len(chunk), args.guidance, args.steps,
+                                  [args.seed + i for i in chunk], size=size)
+                for i, image in zip(chunk, images, strict=True):
+                    columns[i].append(image)
     names = [(row.label or row.text or row.id).replace("_", " ") for row in rows]
     after = [heading(stage.name, stage.name) for stage in stages]
     return contact_sheet(columns, names, ["sound", "true scene", *after, "silence"])

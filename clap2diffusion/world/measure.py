@@ -28,7 +28,8 @@ BACKGROUNDS = np.stack([sound_world.background(t, SIDE - 9) for t in DENSITIES])
 
 @cache
 def _templates(label: str) -> tuple[np.ndarray, ...]:
-    """A class's drawings with rim: count and width, spectra of mask and masked colours, energy, reach."""
+    """A class's drawings with rim: count and width, conjugate spectra of the mask and of the masked colours
+    (channel first), energy, reach."""
     templates = []
     for count, width in product(range(1, 6), WIDTHS):
         image, centre = Image.new("RGB", (SIDE, SIDE), sound_world.RIM), SIDE / 2
@@ -36,7 +37,7 @@ def _templates(label: str) -> tuple[np.ndarray, ...]:
         mask, colour = np.asarray(covered) / 255, np.asarray(image) / 255
         rows, columns = np.nonzero(mask > 0.5)
         cover, reach = mask[..., None], (rows.min(), rows.max(), columns.min(), columns.max())
-        spectra = np.fft.rfft2(mask), np.fft.rfft2(cover * colour, axes=(0, 1))
+        spectra = np.fft.rfft2(mask).conj(), np.fft.rfft2((cover * colour).transpose(2, 0, 1)).conj()
         templates.append(((count, width), *spectra, (cover * colour ** 2).sum(), reach))
     return tuple(map(np.array, zip(*templates)))
 
@@ -44,12 +45,15 @@ def _templates(label: str) -> tuple[np.ndarray, ...]:
 def measure(image: Image.Image, label: str) -> dict[str, float]:
     """The properties that a picture shows, on the manifest's scale, 0 to 1. A fit may lie a little beyond."""
     pixels = np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS), float) / 255
-    errors = ((pixels[None] - BACKGROUNDS[:, :, None]) ** 2).sum(-1)  # (101, 64, 64)
-    sky = int(np.minimum(errors, OUTLIER).mean((1, 2)).argmin())
+    squares = (pixels ** 2).sum(-1)  # (64, 64)
+    # (p - b)^2 as p^2 - 2 p b + b^2: one matrix product a row, for all densities
+    saved = (BACKGROUNDS ** 2).sum(-1).T[:, :, None] - 2 * BACKGROUNDS.swapaxes(0, 1) @ pixels.swapaxes(1, 2)
+    sky = int(np.minimum(squares[:, None] + saved, OUTLIER).mean((0, 2)).argmin())
     shapes, masks, colours, energies, reaches = _templates(label)
-    saved = errors[sky] - (pixels ** 2).sum(-1)  # less what the object's own error holds too
-    spectrum = (np.fft.rfft2(saved)[None] * masks.conj()
-                + 2 * (np.fft.rfft2(pixels, axes=(0, 1))[None] * colours.conj()).sum(-1))
+    saved = saved[:, sky]  # (64, 64), less what the object's own error holds too
+    spectrum = np.fft.rfft2(saved) * masks
+    for channel, of_pixels in enumerate(np.fft.rfft2(pixels.transpose(2, 0, 1))):
+        spectrum += 2 * of_pixels * colours[:, channel]
     gain = np.fft.irfft2(spectrum, (SIDE, SIDE)) - energies[:, None, None]  # (templates, down, right)
     shift = np.fft.fftfreq(SIDE, 1 / SIDE)
     inside_y = (reaches[:, :1] + shift >= -1) & (reaches[:, 1:2] + shift <= SIDE)  # (templates, 64)
