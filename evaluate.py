@@ -20,7 +20,7 @@ QUICK_CLIPS = 100
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = new_parser(__doc__)
+    parser = new_parser(__doc__, "evaluate.py")
     add = parser.add_argument
     # what is judged
     add("--run", default="runs/tiny", help="run or stage folder (its adapter.safetensors), or adapter file")

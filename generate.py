@@ -27,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
                                       "--interpolate or --every is given")
     add = sound.add_argument
     add("--audio", nargs="+", required=True, metavar="FILE",
-        help="sound files, any format that libsndfile reads")
+        help="sound files, or videos whose sound is used: any format that libsndfile or FFmpeg reads")
     add("--weights", nargs="+", type=Number(float, 0), metavar="W",
         help="level of each file in the mix, one a file (default: all alike; 0 leaves a file out)")
     add = sound.add_mutually_exclusive_group().add_argument

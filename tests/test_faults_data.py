@@ -7,10 +7,8 @@ import gzip
 import io
 import json
 import re
-import shlex
 import shutil
 import struct
-import subprocess
 import unicodedata
 import zlib
 from pathlib import Path
@@ -520,7 +518,7 @@ SOUNDS = [
          "sound a.opus: truncated: the last Ogg page is missing"),
     Case("truncated MP3", sound("a.mp3", truncated(0.5)), 2, "sound a.mp3: truncated"),
     Case("a text file named .wav", sound("a.wav", lambda p: p.write_text("this is text, not sound " * 50)), 2,
-         "sound a.wav: not a sound that libsndfile reads"),
+         "sound a.wav: not a sound that libsndfile or FFmpeg reads"),
     Case("zero bytes as sound", sound("a.wav", lambda p: p.write_bytes(b"")), 2, "sound a.wav: zero bytes"),
     Case("a folder as sound", sound("a.wav", lambda p: p.mkdir()), 2,
          "sound a.wav: a folder, expected a file"),
@@ -558,8 +556,8 @@ SOUNDS = [
            f"its first {0.5 * n:.2f} s lie before its time 0", plays("a.opus", 12 - 0.5 * n, TONES[n:]))
       for n in (1, 3)),
     Case("a FLAC cut within its header", sound("a.flac", as_bytes(lambda c: c[:60], format="FLAC")), 2,
-         "sound a.flac: not a sound that libsndfile reads (Error : unknown error in flac decoder.); if it "
-         "plays elsewhere"),
+         "sound a.flac: not a sound that libsndfile or FFmpeg reads (Error : unknown error in flac "
+         "decoder.); if it plays elsewhere"),
     Case("FLAC behind an ID3v2 tag", sound("a.flac", as_bytes(behind_id3, format="FLAC")), 0, USED,
          plays("a.flac")),
     Case("MP3 of variable rate without its length", sound("a.mp3", in_two_parts("loud")), 0, USED,
@@ -579,8 +577,8 @@ SOUNDS = [
          "sound a.wav: truncated: 999999956 of 3000000000 bytes", is_not_read),
     Case("chunks before and behind the sound",
          sound("a.wav", as_bytes(between_chunks, format="WAV")), 0, USED, plays("a.wav")),
-    Case("MP4 as sound", sound("a.m4a", foreign(b"\0\0\0 ftypM4A ")), 2,
-         "sound a.m4a: MP4 or M4A, which libsndfile does not read; convert it: ffmpeg -i *"),
+    Case("an MP4 that is damaged", sound("a.m4a", foreign(b"\0\0\0 ftypM4A ")), 2,
+         "sound a.m4a: truncated: 5132 of * bytes"),
     Case("a web page as sound", sound("a.mp3", foreign(b"<!DOCTYPE html>")), 2,
          "sound a.mp3: a web page; download it again"),
 ]
@@ -600,8 +598,7 @@ OTHER_SOUNDS = [
          sound("a.flac", as_bytes(joined_flac, format="FLAC")), 0,
          "a second file begins behind its sound; it is not used", plays("a.flac")),
     Case("an MP3 beside its macOS sidecar", sound("a.mp3", beside_a_sidecar), 0, USED, plays("a.mp3")),
-    Case("little-endian AU", sound("a.au", foreign(b"\0ds.")), 2,
-         "little-endian AU, which libsndfile does not read"),
+    Case("little-endian AU", sound("a.au", foreign(b"\0ds.")), 2, "not a file that FFmpeg reads"),
     Case("ADPCM whose byte rate is rounded", sound("a.wav", as_bytes(
         rounded_rate, rate=44100, format="WAV", subtype="MS_ADPCM")), 0, USED, plays("a.wav")),
     Case("an MP3 that has a transport stream's mark by chance",
@@ -681,14 +678,17 @@ OTHER_SOUNDS = [
          sound("a.au", lambda p: p.write_bytes(bytes(16000))), 0, "its name makes it ULAW at 8000 Hz"),
     *(Case(f"truncated {name}", sound("a.wav", truncated(0.5, format=name)), 2, "truncated: *bytes")
       for name in ("RF64", "W64", "AU", "CAF")),
-    *(Case(f"{name} as sound", sound("a.bin", foreign(start)), 2,
-           f"{name}, which libsndfile does not read; convert it: ffmpeg -i a.bin a.flac")
-      for name, start in (("WebM or Matroska", b"\x1aE\xdf\xa3"), ("Windows Media", b"0&\xb2u\x8ef\xcf\x11"),
-                          ("AMR", b"#!AMR\n"), ("AAC", b"\xff\xf1\x50\x80"), ("WavPack", b"wvpk"))),
+    *(Case(f"noise that begins like {name}", sound("a.bin", foreign(start)), 2, says)
+      for name, start, says in (
+          ("WebM", b"\x1aE\xdf\xa3", "truncated: 5124 of * bytes"),
+          ("Windows Media", b"0&\xb2u\x8ef\xcf\x11", "not a file that FFmpeg reads"),
+          ("AMR", b"#!AMR\n", "damaged: its sound at 0.1 s cannot be decoded"),
+          ("AAC", b"\xff\xf1\x50\x80", "not a file that FFmpeg reads"),
+          ("WavPack", b"wvpk", "not a file that FFmpeg reads"))),
     Case("a pointer of Git LFS", sound("a.wav", foreign(b"version https://git-lfs.github.com/spec/v1")), 2,
          "a pointer of Git LFS; run git lfs pull"),
     *(Case(f"{name} in a WAV, as if it were samples", sound("a.wav", in_pcm(frame)), 2,
-           "coded surround sound (AC-3 or DTS), which libsndfile takes for noise; convert it: ffmpeg")
+           "coded surround sound (AC-3 or DTS), which FFmpeg does not find in it either")
       for name, frame in (("AC-3", b"\x0b\x77"), ("AC-3 from a digital cable", b"\x72\xf8\x1f\x4e"),
                           ("DTS", b"\x7f\xfe\x80\x01\xfc"), ("DTS of a CD", b"\xff\x1f\0\xe8\xf1\x07"))),
     Case("a WAV that has AC-3's mark by chance",
@@ -703,8 +703,7 @@ OTHER_SOUNDS = [
     Case("two AUs in one file", sound("a.au", as_bytes(lambda c: c + c, format="AU")), 0,
          "its header says 384000 bytes of sound; the 384024 behind them are not used", plays("a.au")),
     Case("VOC of one block", sound("a.voc", voc()), 0, USED, plays("a.voc")),
-    Case("VOC of several blocks", sound("a.voc", voc(3000, 3000)), 2,
-         "a VOC of several blocks, which libsndfile reads wrongly; convert it: ffmpeg -i a.voc a.flac"),
+    Case("VOC of several blocks", sound("a.voc", voc(3000, 3000)), 0, USED, plays("a.voc")),
     *(Case(f"{kind} in {container}, which ends in a block",
            sound("a.bin", as_bytes(format=container, subtype=kind)), 0, USED, plays("a.bin"))
       for container, kind in (("SDS", "PCM_16"), ("SDS", "PCM_24"), ("PAF", "PCM_24"))),
@@ -722,10 +721,8 @@ OTHER_SOUNDS = [
         put(b"fmt ", 16, ("<I", 8000)), rate=44100, format="WAV", subtype="IMA_ADPCM")), 0, USED,
         plays("a.wav")),
     Case("text named .mp3", sound("a.mp3", lambda p: p.write_text("this is text " * 500)), 2,
-         "not a sound that libsndfile reads (Format not recognised.); if it plays elsewhere convert it: "),
-    Case("a name with a colon, which FFmpeg takes for an address",
-         sound("a.12:30.m4a", foreign(b"\0\0\0 ftypM4A ")), 2,
-         "convert it: ffmpeg -i ./a.12:30.m4a ./a.12:30.flac"),
+         "not a sound that libsndfile or FFmpeg reads (Format not recognised.); if it plays elsewhere, save "
+         "it there as FLAC"),
     *(Case(f"{name} as sound", sound("a.mp3", foreign(start)), 2, says) for name, start, says in (
         ("a web page behind empty lines", b"\xef\xbb\xbf\r\n <!DOCTYPE html>",
          "a web page; download it again"),
@@ -1572,24 +1569,6 @@ def test_windows_of_vorbis_lie_where_they_should(tmp_path, seed):
         for block, start in zip(blocks, np.linspace(first, last, windows).round().astype(int), strict=True):
             assert len(block) == length
             np.testing.assert_allclose(block[:, 0], whole[start:start + length], atol=1e-4)
-
-
-@pytest.mark.skipif(not shutil.which("ffmpeg"), reason="FFmpeg makes these files")
-@pytest.mark.parametrize("name, options", [
-    ("a.m4a", "-c:a aac"), ("a.webm", "-c:a libopus -ar 48000"), ("a.aac", ""), ("a.wma", ""),
-    ("a.oga", "-c:a flac"), ("a.caf", "-c:a alac"), ("a.flac", "-f ogg -c:a flac"), ("a.ts", "-c:a mp2"),
-    ("a.wav", "-c:a g722 -ar 16000")])
-def test_the_line_that_is_given_converts_the_sound(tmp_path, name, options):
-    sf.write(tmp_path / "melody.wav", melody(), RATE)
-    command = ["ffmpeg", "-nostdin", "-v", "error", "-i", "melody.wav", *options.split(), name]
-    subprocess.run(command, cwd=tmp_path, check=True)
-    with pytest.raises(BadFile, match="convert it: ffmpeg") as error:
-        load_waveform(tmp_path / name, RATE, 10.0)
-    line = shlex.split(str(error.value).rpartition("convert it: ")[2])
-    subprocess.run(line, cwd=tmp_path, check=True, stdin=subprocess.DEVNULL, capture_output=True)
-    (tmp_path / "data/audio").mkdir(parents=True)
-    shutil.move(tmp_path / line[-1], tmp_path / "data/audio")
-    plays(line[-1])(tmp_path, None)
 
 
 def test_check_counts_shows_and_ends_by_its_limits(tmp_path):

@@ -37,7 +37,8 @@ def _look_at_sound(path: Path) -> Iterator[Finding]:
         seconds, log, open_end = sound.frames / sound.samplerate, sound.extra_info, sound.open_end
         subtype = sound.subtype
         taken_for = f"{subtype} at {sound.samplerate} Hz" if sound.format == "RAW" else ""
-    [block], rate = decoding.read_windows(path, 10.0)
+        [block], rate = decoding.windows_of(sound, 10.0), sound.samplerate
+        yield from sound.notes
     for flag in decoding.to_mono([block])[1]:
         yield flag, "its features are those of silence"
     peak, inner = float(np.abs(block).max()), block[1:-1]

@@ -5,6 +5,7 @@ in a FLAC behind an ID3 tag. inspect() reads sizes and headers, never samples. W
 it gets a MendedFile: other first or last bytes or another length, and the same sound.
 """
 
+import functools
 import io
 import re
 import struct
@@ -33,6 +34,7 @@ FOREIGN = ((0, b"\x1aE\xdf\xa3", "WebM or Matroska"), (4, b"ftyp", "MP4 or M4A")
            (8, b"AVI ", "AVI video"), (0, b"\0\0\1\xba", "MPEG video"),
            (188, b"\x47\x40", "MPEG transport stream"))
 MIDI = "MIDI: notes, not a sound; render it with a synthesizer"
+PLAYLIST = "a playlist, which only names other files; give one of those"
 # What is neither a sound nor a picture, and what to do.
 NO_MEDIA = ((b"version https://git-lfs", "a pointer of Git LFS; run git lfs pull"),
             (b"<!doctype html", "a web page; download it again"), (b"<html", "a web page; download it again"),
@@ -40,15 +42,22 @@ NO_MEDIA = ((b"version https://git-lfs", "a pointer of Git LFS; run git lfs pull
             (b"<", "XML, perhaps an error page; download it again"),
             (b"\x1f\x8b", "compressed with gzip; unpack it"), (b"pk\3\4", "a ZIP archive; unpack it"),
             (b"rar!", "a RAR archive; unpack it"), (b"7z\xbc\xaf", "a 7-Zip archive; unpack it"),
+            (b"#extm3u", PLAYLIST), (b"[playlist]", PLAYLIST), (b"ffconcat", PLAYLIST),
+            (b"v=0\no=", PLAYLIST), (b"v=0\r\no=", PLAYLIST),
             (b"\0\x05\x16\x07", "a sidecar file of macOS; remove it"))
+
+
+class BadFile(Exception):
+    """A sound or picture that cannot be used; the message is the reason."""
 
 
 @dataclass
 class Facts:
     """What a sound file's bytes say.
 
-    fault: why it cannot be used. convert: whether FFmpeg reads it nevertheless. open_end: why
-    nothing shows that it is whole, or "". frames: its samples by our count, where libsndfile only guesses.
+    fault: why it cannot be used. foreign: whether FFmpeg reads it, and libsndfile does not. coded: whether
+    its samples are in fact coded surround sound. open_end: why nothing shows that it is whole, or "". frames:
+    its samples by our count, where libsndfile only guesses.
     seeks: False where libsndfile could not go on after it was told to seek.
     Mended, the file is `head`, then its bytes from `start` on without the last `cut`, then `tail`. libsndfile
     is told the length `claims`, unless that is 0.
@@ -63,7 +72,8 @@ class Facts:
     open_end: str = ""
     seeks: bool = True
     fault: str = ""
-    convert: bool = False
+    foreign: bool = False
+    coded: bool = False
 
     @property
     def mended(self) -> bool:
@@ -118,10 +128,68 @@ def inspect(path: Path) -> Facts:
         for magic, look in ((b"fLaC", _flac), (b"OggS", _ogg), (b".snd", _au), (b"Creative Voice", _voc)):
             if first.startswith(magic):
                 return look(file, size, start)
-        for offset, magic, name in FOREIGN:
-            if first[offset:].startswith(magic) and (offset != 188 or first[:1] == b"G"):  # of every packet
-                return Facts(size, fault=f"{name}, which libsndfile does not read", convert=True)
+        if foreign_name(first):
+            return Facts(size, foreign=True)
         return _mpeg(file, size, start) or Facts(size)
+
+
+def foreign_name(start: bytes) -> str:
+    """The container that begins like this, of those that FFmpeg reads and libsndfile does not, or ""."""
+    return next((name for offset, magic, name in FOREIGN if start[offset:].startswith(magic)
+                 and (offset != 188 or start[:1] == b"G")), "")  # of every packet of a transport stream
+
+
+# --- containers that FFmpeg reads: MP4, Matroska, AVI, Windows Media ----------------------------------------
+
+ASF_FILE = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")  # the object that says a file's size
+
+
+def missing_part(path: Path) -> str | None:
+    """What an MP4, a Matroska, an AVI or a Windows Media file lacks of what it says that it has, as a reason;
+    "" if it is whole, None if it does not say."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        said, names = _said_size(file)
+    if size < said:
+        return f"truncated: {size} of {said} bytes"
+    if names and b"moov" not in names:
+        return "an MP4 without its index (moov), as where a recorder is stopped; mend it with untrunc"
+    return "" if said else None
+
+
+def _said_size(file: BinaryIO) -> tuple[int, set[bytes]]:
+    """How many bytes a file says that it has, 0 where it does not, as where a recorder is stopped; and the
+    names of an MP4's boxes."""
+    head, place, end, names = _at(file, 0, 1 << 16), 0, 0, set()
+    if head.startswith(b"\x1aE\xdf\xa3"):  # the EBML head, then one Segment
+        size, n = _ebml_size(head[4:])
+        place = 4 + n + size + 4  # of the Segment's size
+        size, n = _ebml_size(head[place:place + 8])
+        end = place + n + size if size else 0
+    elif head.startswith(b"0&\xb2u") and (at := head.find(ASF_FILE)) > 0:
+        live = head[at + 88] & 1 if at + 88 < len(head) else True
+        end = 0 if live else int.from_bytes(head[at + 40:at + 48], "little")
+    elif head[8:12] == b"AVI ":  # one RIFF, or several of a gigabyte
+        while (box := _at(file, place, 8)).startswith(b"RIFF") and len(box) == 8:
+            size = int.from_bytes(box[4:], "little")
+            if size in (0, MOST["I"]):
+                return 0, names
+            end = place = place + 8 + size + size % 2
+    elif foreign_name(head) in ("MP4 or M4A", "QuickTime"):
+        while len(box := _at(file, place, 16)) >= 8:
+            size = int.from_bytes(box[:4]) if box[:4] != b"\0\0\0\1" else int.from_bytes(box[8:])
+            names.add(box[4:8])
+            if size < 8:  # 0: to the end of the file
+                break
+            end = place = place + size
+    return end, names
+
+
+def _ebml_size(data: bytes) -> tuple[int, int]:
+    """A size as Matroska codes it, 0 for an unknown one, and how many bytes it takes."""
+    n = 9 - data[0].bit_length() if data and data[0] else 1
+    size, most = int.from_bytes(data[:n]) & (1 << 7 * n) - 1, (1 << 7 * n) - 1
+    return (0 if size == most else size), n
 
 
 def no_media(start: bytes) -> str:
@@ -153,14 +221,21 @@ def _behind_tags(file: BinaryIO, place: int) -> int:
     return place
 
 
-def _crc(data: bytes, polynomial: int, bits: int) -> int:
-    """The checksum of Ogg and FLAC, of 8, 16 or 32 bits."""
-    table, mask = [], (1 << bits) - 1
-    for i in range(256):
-        crc = i << bits - 8
+@functools.cache
+def _crc_table(polynomial: int, bits: int) -> list[int]:
+    """The checksum of each single byte."""
+    table = []
+    for byte in range(256):
+        crc = byte << bits - 8
         for _ in range(8):
             crc = crc << 1 ^ (polynomial if crc >> bits - 1 & 1 else 0)
-        table.append(crc & mask)
+        table.append(crc & (1 << bits) - 1)
+    return table
+
+
+def _crc(data: bytes, polynomial: int, bits: int) -> int:
+    """The checksum of Ogg and FLAC, of 8, 16 or 32 bits."""
+    table, mask = _crc_table(polynomial, bits), (1 << bits) - 1
     crc = 0
     for byte in data:
         crc = crc << 8 & mask ^ table[crc >> bits - 8 ^ byte]
@@ -219,8 +294,7 @@ def _chunked(file: BinaryIO, size: int, start: int) -> Facts:
         said = int.from_bytes(_at(file, long, 8), "little")
     left = size - where
     if codec in (1, 0xFFFE) and _is_surround(_at(file, where, 1 << 16)):
-        facts.fault = "its samples are coded surround sound (AC-3 or DTS), which libsndfile takes for noise"
-        facts.convert = True
+        facts.foreign = facts.coded = True  # libsndfile takes it for noise
         return facts
     if codec in MPEG_IN_WAV:  # libsndfile would guess its length from the header's bit rate
         return _mpeg(file, size, where, left - said if 0 < said < left else 0) or facts
@@ -280,12 +354,11 @@ def _au(file: BinaryIO, size: int, start: int) -> Facts:
 
 def _voc(file: BinaryIO, size: int, start: int) -> Facts:
     """Facts of a VOC. libsndfile plays the heads of all blocks behind the first as samples."""
-    facts, place, blocks = Facts(size, convert=True), int.from_bytes(_at(file, 20, 2), "little"), 0
+    facts, place, blocks = Facts(size), int.from_bytes(_at(file, 20, 2), "little"), 0
     while len(head := _at(file, place, 4)) == 4 and 0 < head[0] < 10 and blocks < 2:
         blocks += head[0] in (1, 2, 3, 6, 9)  # sound, more of it, silence, a repetition, sound
         place += 4 + int.from_bytes(head[1:], "little")
-    if blocks > 1:
-        facts.fault = "a VOC of several blocks, which libsndfile reads wrongly"
+    facts.foreign = blocks > 1
     return facts
 
 
@@ -308,12 +381,8 @@ def _ogg(file: BinaryIO, size: int, start: int) -> Facts:
             streams[page[14:18]] = page[content:content + 8]
         facts.seeks = facts.seeks and not page[5] & 1  # to a packet in two pages of an Opus it fails
         last, place = place, place + content + sum(page[27:content])
-    if not any(content.startswith((b"\x01vorbis", b"OpusHead")) for content in streams.values()):
-        names = {b"\x7fFLAC": "FLAC", b"Speex": "Speex"}
-        found = [names[content[:5]] for content in streams.values() if content[:5] in names]
-        facts.fault = f"Ogg with {found[0] if found else 'another codec'}, which libsndfile does not read"
-        facts.convert = True
-    elif place > size or 0 < len(page) < 28 and page.startswith(b"OggS"):
+    facts.foreign = not any(content.startswith((b"\x01vorbis", b"OpusHead")) for content in streams.values())
+    if place > size or 0 < len(page) < 28 and page.startswith(b"OggS"):
         facts.fault = "truncated: the last Ogg page is missing"
     elif not _at(file, last, 6)[5] & 4 and not facts.open_end:
         facts.open_end = "its last Ogg page has no end mark, as when a recorder is stopped; used to its end"
@@ -523,6 +592,8 @@ def _mpeg(file: BinaryIO, size: int, start: int, behind: int = 0) -> Facts | Non
     head = _at(file, first, 256)
     n, samples = FRAME_SIZES[head[1:3]]
     count, last, rest = _count_frames(file, first, end)
+    if skipped and 2 * (last - first) < end - first:  # a few frames, or what looks like them, in another file
+        return None
     # Tags behind the last frame do not matter to libmpg123, but it warns of more.
     facts, said = Facts(size, first, size - last if behind or end - last > GAP else 0), 0
     tag = next((at for mark in (b"Xing", b"Info", b"VBRI") if (at := head.find(mark, 4, 48)) > 0), 0)

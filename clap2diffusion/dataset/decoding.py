@@ -14,7 +14,8 @@ import soxr
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from PIL.Image import Transpose
 
-from clap2diffusion.dataset.containers import Facts, MendedFile, inspect, no_media
+from clap2diffusion.dataset.containers import BadFile, Facts, MendedFile, foreign_name, inspect, no_media
+from clap2diffusion.dataset.media import MediaSound, Unread
 
 MIN_CLIP_S, MIN_RATE, MAX_RATE = 0.1, 1000, 768_000
 BLOCK, MP3_LEAD, OPEN_END_S, LAST = 1 << 16, 20 * 1152, 0.25, 1 << 10
@@ -29,10 +30,6 @@ SUBFILE_TYPE, BITS_PER_SAMPLE, PHOTOMETRIC = 254, 258, 262  # tags of TIFF
 PNG_CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"iCCP", b"eXIf")
 TIFF_TAGS = (*range(254, 267), 273, 274, *range(277, 280), 284, 292, 293, 317, 320, *range(322, 326), 332,
              338, 339, 347, *range(512, 522), *range(529, 533), 34675)
-
-
-class BadFile(Exception):
-    """A sound or picture that cannot be used; the message is the reason."""
 
 
 def _check_plain_file(path: Path) -> None:
@@ -57,8 +54,10 @@ class Sound(sf.SoundFile):
     """A sound as libsndfile reads it, from a mended file where its container needs that. `frames` is its
     length, by our count where we count. `open_end`: why nothing shows that the file is whole, or ""."""
 
+    notes = ()  # what is odd about it besides, as MediaSound.notes
+
     def __init__(self, path: Path, facts: Facts):
-        self.open_end, self._counted = facts.open_end, facts.frames
+        self.path, self.open_end, self._counted = path, facts.open_end, facts.frames
         self._seeks = None if facts.seeks else False
         # of NAME it would read the macOS sidecar ._NAME, where the first bytes are of no format it knows
         sidecar = path.with_name(f"._{path.name}").exists() or Path("._").exists()
@@ -84,6 +83,15 @@ class Sound(sf.SoundFile):
         super().close()
         if self._mended:
             self._mended.close()
+
+    def has_its_end(self) -> bool:
+        """Whether the last samples can be read: they show that a compressed file is whole. They are many,
+        because SDS and PAF end in a block of which libsndfile reads no part. Of an MP3 we have counted the
+        frames. Raises RuntimeError."""
+        if not self.seekable() or self.open_end or self.format == "MP3":
+            return True
+        self.seek(self.frames - min(LAST, self.frames))
+        return len(self.read(LAST)) >= min(LAST, self.frames)
 
     def _from(self, start: int, length: int, dtype: str) -> np.ndarray:
         # The first frames behind a place in an MP3 need bits of earlier ones, which libmpg123 has not read.
@@ -112,28 +120,41 @@ def _in_shell(path: Path, suffix: str) -> tuple[str, str]:
     return shlex.quote(f"{start}{path.name}"), shlex.quote(f"{start}{other}{suffix}")
 
 
-def _conversion(path: Path) -> str:
-    return "; convert it: ffmpeg -i {} {}".format(*_in_shell(path, ".flac"))
-
-
 def _elsewhere(path: Path) -> str:
-    return f"; if it plays elsewhere{_conversion(path)[1:]}"
+    return "; if it plays elsewhere convert it: ffmpeg -i {} {}".format(*_in_shell(path, ".flac"))
 
 
-def open_audio(path: Path) -> Sound:
-    """Open a sound and check what its bytes say, without decoding it. Raises BadFile."""
-    facts = Facts(0)
+def _open_sound(path: Path) -> Sound | MediaSound:
+    """A sound by libsndfile, or by FFmpeg where libsndfile does not read it. Raises BadFile."""
+    _check_plain_file(path)
+    facts, said = inspect(path), ""
+    if facts.fault:
+        raise BadFile(facts.fault)
+    if facts.foreign:
+        sound = MediaSound(path, facts.open_end)
+        return _checked(sound, [(facts.coded and sound.subtype.startswith("pcm_"),
+                                 "its samples are coded surround sound (AC-3 or DTS), which FFmpeg does not "
+                                 "find in it either; save it with its own suffix, .ac3 or .dts")])
     try:
-        _check_plain_file(path)
-        facts = inspect(path)
-        sound = None if facts.fault else Sound(path, facts)
+        return Sound(path, facts)
     except (RuntimeError, TypeError, ValueError, OSError) as error:  # sf's own errors are RuntimeErrors
         said = getattr(error, "error_string", str(error))
         if "does not exist" in said:  # so it says where an MP3's name is all that the file has of one
             said = "Format not recognised."
-        facts.fault = f"not a sound that libsndfile reads ({said}){_elsewhere(path)}"
-    if facts.fault:
-        raise BadFile(facts.fault + _conversion(path) * facts.convert)
+    try:
+        return MediaSound(path)
+    except Unread:
+        raise BadFile(f"not a sound that libsndfile or FFmpeg reads ({said}); if it plays elsewhere, "
+                      "save it there as FLAC") from None
+
+
+def open_audio(path: Path) -> Sound | MediaSound:
+    """Open a sound, also that of a video, and check what its bytes say; of what FFmpeg reads its end is
+    decoded. Raises BadFile."""
+    try:
+        sound = _open_sound(path)
+    except OSError as error:
+        raise BadFile(f"cannot be read ({error.strerror or error})") from None
     rate, frames = sound.samplerate, sound.frames  # libsndfile gives no rate below 1
     return _checked(sound, [
         (not MIN_RATE <= rate <= MAX_RATE, f"sampling rate {rate} Hz, expected {MIN_RATE} to {MAX_RATE}"),
@@ -146,31 +167,32 @@ def read_windows(path: Path, window_s: float, windows=1, start_s=0.0) -> tuple[l
     """Stretches (samples, channels) of a sound as its file has them, and its rate in Hz: one from start_s, or
     several evenly from there to the end; the whole if it is shorter than window_s. Raises BadFile."""
     with open_audio(path) as sound:
-        rate, total = sound.samplerate, sound.frames
-        length = min(total, round(window_s * rate))
-        # Files of float64 are read as such: float32 has no 1e300.
-        dtype = "float64" if sound.subtype == "DOUBLE" else "float32"
-        first, last = min(round(start_s * rate), total - length), total - length
-        starts = np.linspace(first, last, windows).round().astype(int).tolist()
-        try:
-            # The last samples show that a compressed file is whole. They are many, because SDS and PAF end in
-            # a block of which libsndfile reads no part. Of an MP3 we have counted the frames.
-            if sound.seekable() and not sound.open_end and sound.format != "MP3":
-                sound.seek(total - min(LAST, total))
-                if len(sound.read(LAST)) < min(LAST, total):
-                    raise BadFile("truncated, or the times in it are wrong: fewer than its "
-                                  f"{total} samples can be read{_elsewhere(path)}")
-            blocks = sound.windows(starts, length, dtype)
-        except RuntimeError as error:
-            raise BadFile("truncated, damaged or of a kind that libsndfile does not read: it stops within "
-                          f"its {total} samples ({error}){_elsewhere(path)}") from None
-        # An open end may lie within a frame of the codec. Of an Ogg the last page is known to be there.
-        least = length - (round(OPEN_END_S * rate) if sound.open_end or sound.format == "OGG" else 0)
+        return windows_of(sound, window_s, windows, start_s), sound.samplerate
+
+
+def windows_of(sound: Sound | MediaSound, window_s: float, windows=1, start_s=0.0) -> list[np.ndarray]:
+    """The stretches of read_windows(), of an open sound. Raises BadFile."""
+    rate, total, path = sound.samplerate, sound.frames, sound.path
+    length = min(total, round(window_s * rate))
+    # Files of float64 are read as such: float32 has no 1e300.
+    dtype = "float64" if sound.subtype == "DOUBLE" else "float32"
+    first, last = min(round(start_s * rate), total - length), total - length
+    starts = np.linspace(first, last, windows).round().astype(int).tolist()
+    try:
+        if not sound.has_its_end():
+            raise BadFile("truncated, or the times in it are wrong: fewer than its "
+                          f"{total} samples can be read{_elsewhere(path)}")
+        blocks = sound.windows(starts, length, dtype)
+    except RuntimeError as error:
+        raise BadFile("truncated, damaged or of a kind that libsndfile does not read: it stops within "
+                      f"its {total} samples ({error}){_elsewhere(path)}") from None
+    # An open end may lie within a frame of the codec. Of an Ogg the last page is known to be there.
+    least = length - (round(OPEN_END_S * rate) if sound.open_end or sound.format == "OGG" else 0)
     if short := [len(block) for block in blocks if len(block) < least]:
         raise BadFile(f"truncated: {short[0]} of {length} samples can be read{_elsewhere(path)}")
     if not all(np.isfinite(block).all() for block in blocks):
         raise BadFile("holds NaN or infinite samples")
-    return blocks, rate
+    return blocks
 
 
 def to_mono(blocks: list[np.ndarray]) -> tuple[list[np.ndarray], list[str]]:
@@ -357,9 +379,11 @@ class _Unknown(BadFile):
 
 # How pictures begin that Pillow does not read, from a byte on; what they are, and what to do.
 CONVERT = "; convert it to PNG: convert {0} {1}"  # of ImageMagick
+VIDEO = "; take pictures and sounds out of it: prepare_data.py videos"
 FOREIGN_PICTURES = (
     (4, b"ftypheic", "HEIC, as iPhones write it" + CONVERT), (4, b"ftypheix", "HEIC" + CONVERT),
-    (4, b"ftypmif1", "HEIF" + CONVERT), (4, b"ftypmsf1", "HEIF" + CONVERT), (4, b"ftyp", "a video, MP4"),
+    (4, b"ftypmif1", "HEIF" + CONVERT), (4, b"ftypmsf1", "HEIF" + CONVERT),
+    (4, b"ftyp", "a video, MP4" + VIDEO),
     (0, b"\xff\x0a", "JPEG XL; convert it to PNG: djxl {0} {1}"),
     (4, b"JXL ", "JPEG XL; convert it to PNG: djxl {0} {1}"),
     (0, b"\xff\xd8\xff", "a JPEG of another kind, or damaged" + CONVERT),
@@ -376,6 +400,8 @@ def _other_format(path: Path) -> str:
         start = file.read(1000)
         found = [what for at, mark, what in FOREIGN_PICTURES if start[at:].startswith(mark)]
         what = "SVG" + CONVERT if b"<svg" in start else found[0] if found else no_media(start)
+        if not what and (name := foreign_name(start)):
+            what = name + VIDEO
         found = f": {what}" if what else "; if it is one" + CONVERT[1:]
         return found.format(*_in_shell(path, ".png"))
     return ""

@@ -280,7 +280,10 @@ def begin_data_folder(out: Path, settings: dict) -> TextIO | None:
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); give another --out") from None
     held.close()
-    found = files.read_json(out / "settings.json") if (out / "settings.json").exists() else None
+    if not (out / "settings.json").exists():
+        raise UserError(f"{out / 'metadata.jsonl'}: is not of this command, which would overwrite it; give "
+                        "another --out, or move it away")
+    found = files.read_json(out / "settings.json")
     if found != settings:
         raise UserError(f"{out}: holds data made with {json.dumps(found)}, asked for {json.dumps(settings)}; "
                         "give another --out, or delete that folder first")

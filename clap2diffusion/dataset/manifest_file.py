@@ -23,9 +23,12 @@ COLUMNS = {"image_file_name": ("image_file_name", "image", "image_path"),
            "audio_file_name": ("audio_file_name", "audio", "audio_path"),
            "text": ("text", "caption", "prompt", "transcription"), "label": ("label", "class", "category"),
            "split": ("split",), "file_name": ("file_name",), "properties": ("properties",)}
+NOTES = {"video", "window_start_s", "frame_time_s", "still"}  # of prepare_data.py videos, for people
 KEY_OF = {column: key for key, columns in COLUMNS.items() for column in columns}
+VIDEOS = "3g2 3gp avi flv m2ts m4v mkv mov mp4 mpeg mpg ogv ts webm wmv"  # their sound is read
 SUFFIXES = {"image_file_name": "avif bmp gif jfif jpeg jpg jp2 png ppm tga tif tiff webp",
-            "audio_file_name": "aac aif aifc aiff au caf flac m4a mp3 oga ogg opus rf64 snd w64 wav wma"}
+            "audio_file_name": "aac ac3 aif aifc aiff amr au caf flac m4a mka mp3 oga ogg opus rf64 snd w64 "
+                               f"wav wma wv {VIDEOS}"}
 OTHER_FORMATS = (  # how a file begins, what it is, what to do
     (b"\x1f\x8b", "compressed with gzip", "unpack it with gunzip"),
     (b"BZh", "compressed with bzip2", "unpack it with bunzip2"),
@@ -58,7 +61,14 @@ class Entry(NamedTuple):
 def read_entries(root: Path, unread: set[str], log: Log | None = None) -> Iterator[Entry]:
     """Every row of a data folder's manifest. Columns that nothing reads are added to `unread`.
     Raises UserError: there is no manifest, or one in another format; the sentence says in which."""
-    for path, split, folder, read in _files(root, log):
+    files = _files(root, log)
+    if not files:
+        near = [path for pattern in ("*", "*/*", "*/*/*") for path in sorted(root.glob(pattern))
+                if path.name.casefold().startswith("metadata.") and path.is_file()]
+        hint = f"; {near[0].relative_to(root)} is none of them" if near else ""
+        raise UserError(f"{root}: no metadata.jsonl in this folder, and no metadata.csv{hint}; give the "
+                        "folder that holds it, or make one with prepare_data.py")
+    for path, split, folder, read in files:
         for place, item in read(path):
             if isinstance(item, dict):
                 try:
@@ -66,6 +76,11 @@ def read_entries(root: Path, unread: set[str], log: Log | None = None) -> Iterat
                 except BadRow as error:
                     item = error
             yield Entry(f"{folder}{path.name} {place}", split, folder, item)
+
+
+def find_manifest(root: Path) -> Path | None:
+    """The file of a data folder's manifest, or the first of several; None where there is none."""
+    return next((path for path, *_ in _files(root, None)), None)
 
 
 def _files(root: Path, log: Log | None) -> list[tuple[Path, str | None, str, Callable]]:
@@ -87,25 +102,26 @@ def _files(root: Path, log: Log | None) -> list[tuple[Path, str | None, str, Cal
     if below:
         return [(root / folder / name, split, folder, read) for folder, split, name, read in below]
     lists = {split: root / f"{split}_metadata.json" for split in SPLITS}
-    if any(path.is_file() for path in lists.values()):
-        return [(path, split, "", _list_items) for split, path in lists.items() if path.is_file()]
-    near = [path for pattern in ("*", "*/*", "*/*/*") for path in sorted(root.glob(pattern))
-            if path.name.casefold().startswith("metadata.") and path.is_file()]
-    hint = f"; {near[0].relative_to(root)} is none of them" if near else ""
-    raise UserError(f"{root}: no metadata.jsonl in this folder, and no metadata.csv{hint}; give the folder "
-                    "that holds it, or make one with prepare_data.py")
+    return [(path, split, "", _list_items) for split, path in lists.items() if path.is_file()]
 
 
-def _refuse_other_formats(path: Path) -> None:
-    """Raise UserError if a manifest's first bytes are no UTF-8 text, or of another format."""
+def refuse_other_formats(path: Path, expected: str) -> bytes:
+    """The first 4,096 bytes of a file. Raises UserError if they are no UTF-8 text, or of a format that is
+    known and is not the expected one."""
     with path.open("rb") as file:
         head = file.read(4096)
     for begin, what, remedy in OTHER_FORMATS:
         if head.lstrip(b" \t\r\n").startswith(begin):
-            raise UserError(f"{path}: is {what}, expected JSON lines or CSV; {remedy}")
+            raise UserError(f"{path}: is {what}, expected {expected}; {remedy}")
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) or head[:64].count(0) > len(head[:64]) / 4:
         raise UserError(f"{path}: is text in UTF-16 or UTF-32, expected UTF-8; save it as UTF-8, "
                         "or convert it with iconv -f UTF-16 -t UTF-8")
+    return head
+
+
+def _refuse_other_formats(path: Path) -> None:
+    """Raise UserError if a manifest's first bytes are no UTF-8 text, or of another format."""
+    head = refuse_other_formats(path, "JSON lines or CSV")
     first = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     line, _, rest = first.partition(b"\n")
     lines = path.suffix == ".jsonl"
@@ -213,7 +229,7 @@ def _keys(columns: tuple[str, ...]) -> tuple[dict[str, list[str]], list[str]]:
     plain = {column: column.strip().casefold() for column in columns}
     found = {key: [column for name in names for column in columns if plain[column] == name]
              for key, names in COLUMNS.items()}
-    unread = [column for column in columns if plain[column] and plain[column] not in KEY_OF]
+    unread = [column for column in columns if plain[column] and plain[column] not in KEY_OF.keys() | NOTES]
     return {key: names for key, names in found.items() if names}, unread
 
 

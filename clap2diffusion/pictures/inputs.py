@@ -72,7 +72,7 @@ def check_request(args: argparse.Namespace, most_pictures: int) -> argparse.Name
     sounds = [("--negative-audio", args.negative_audio)] if args.negative_audio else []
     for flag, path in sounds + [("--audio", path) for path in args.audio]:
         if not Path(path).is_file():
-            raise UserError(f"{flag} {path}: is not a file; expected a sound file")
+            raise UserError(f"{flag} {path}: is not a file; expected a sound or video file")
         duration_s = sound_duration(path)
     if args.every and duration_s / args.every > most_pictures:
         raise UserError(f"--every {args.every:g}: {path} is {duration_s:.0f} s long, which makes more than "
@@ -100,7 +100,7 @@ def sound_duration(path: str) -> float:
 
 
 @contextmanager
-def usable(name: str, kind: str = "sound file"):
+def usable(name: str, kind: str = "sound or video file"):
     """Turn a BadFile into a UserError that names the file and asks for another one."""
     try:
         yield
