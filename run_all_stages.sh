@@ -4,12 +4,13 @@
 #
 #   bash run_all_stages.sh                                         # the built-in default: CPU, nothing to download
 #   bash run_all_stages.sh configs/sd15.json --data-root my_data   # flags go to every stage that knows them
+#   bash run_all_stages.sh configs/vggsound.json --data-root my_vggsound   # from videos and a list of them
 #   bash run_all_stages.sh --tmux [CONFIG] [FLAGS]                 # the same in a tmux session that outlives this terminal
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 if [ "${1-}" = "--help" ] || [ "${1-}" = "-h" ]; then
-    sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     exit 0
 fi
 in_tmux=
@@ -81,7 +82,12 @@ if [ -n "$in_tmux" ]; then
     start_in_tmux "$config" "$@"
     exit
 fi
-if [ "${#DATA[@]}" -gt 0 ]; then run "$PYTHON" prepare_data.py "${DATA[@]}"; fi
+if [ "${#DATA[@]}" -gt 0 ]; then
+    for step in "${DATA[@]}"; do
+        eval "step=($step)"  # the arguments of one prepare_data.py, quoted by Python as well
+        run "$PYTHON" prepare_data.py "${step[@]}"
+    done
+fi
 run "$PYTHON" train_stage1.py "${STAGE1[@]}"
 run "$PYTHON" train_stage2.py "${STAGE2[@]}"
 "$PYTHON" train_stage3.py "${STAGE3[@]}" &  # not by run, which ends the chain at any other code than 0

@@ -20,6 +20,7 @@ if [ "${1-}" = "--smoke" ]; then
     "$PYTHON" bench/memory.py --steps 3 --batch-size 2 --precision fp32 --only plain "8-bit Adam"
     "$PYTHON" bench/peer.py --steps 3 --batch-size 2 --repeats 1 --precisions fp32
     "$PYTHON" bench/cache.py --clips 16 --rows 2000 --repeats 1 --steps 3
+    "$PYTHON" bench/videos.py --clips 20 --seconds 2 --side 64 --repeats 1
     "$PYTHON" bench/startup.py --repeats 1
     "$PYTHON" bench/generation.py --only time --steps 2 --repeats 1
     "$PYTHON" bench/kill_sweep.py --kills 4
@@ -32,6 +33,8 @@ sd15="--sd15 --models ${SD15:-$work/sd15}"
 "${PUBLISHED_PYTHON:-$PYTHON}" bench/peer.py --steps 10 --precisions fp32 $published
 "${PUBLISHED_PYTHON:-$PYTHON}" bench/peer.py $sd15 --image-size 256 --batch-size 1 --steps 3 $published
 "$PYTHON" bench/cache.py
+"$PYTHON" bench/videos.py
+"$PYTHON" bench/videos.py --clips 20000 --seconds 4
 "$PYTHON" bench/startup.py --repeats 5
 "$PYTHON" bench/memory.py --batch-size 8 --steps 40 --repeats 5
 "$PYTHON" bench/memory.py $sd15 --image-size 512 --batch-size 1 --steps 3 --repeats 5 --only plain "bf16, checkpointing down" \

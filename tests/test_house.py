@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 # the lowest first; scripts on top
-LAYERS = ["base", "common", "dataset", "pictures", "engine", "judging", "world"]
+LAYERS = ["base", "common", "dataset", "pictures", "engine", "judging", "videos", "world"]
 STAGES = ["train_stage1.py", "train_stage2.py", "train_stage3.py"]
 # all Python files beside README.md
 HALL = [*STAGES, "common.py", "generate.py", "evaluate.py", "prepare_data.py"]

@@ -11,7 +11,9 @@ from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 from conftest import ROOT, ok, script
 
 from clap2diffusion.base import packages
@@ -104,7 +106,7 @@ def test_an_old_python_can_read_it(name):
 
 
 def test_help_asks_for_no_package_that_only_a_part_needs():
-    hidden = ["bitsandbytes", "matplotlib", "tensorboard", "scipy", "jinja2", "resvg_py", "hypothesis"]
+    hidden = ["bitsandbytes", "matplotlib", "tensorboard", "scipy", "jinja2", "resvg_py", "hypothesis", "av"]
     for name in ("train_stage3.py", "generate.py", "evaluate.py", "prepare_data.py"):
         program = (f"import runpy, sys; sys.modules.update(dict.fromkeys({hidden}))\n"
                    f"sys.argv = ['{name}', '--help']; runpy.run_path('{name}', run_name='__main__')")
@@ -152,3 +154,14 @@ def test_pytest_without_the_packages(tmp_path):
     done = run(sys.executable, "-S", "-m", "pytest", "tests", PYTHONPATH=str(tmp_path))
     assert done.returncode == 2 and f" lacks {ALL}; " in done.stderr
     assert not done.stdout and len(done.stderr.splitlines()) == 1
+
+
+def test_only_what_libsndfile_does_not_read_needs_pyav(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.sin(np.arange(8000)), 8000)
+    (tmp_path / "a.mp4").write_bytes(b"\0\0\0\x18ftypisom" + bytes(40))
+    program = ("import sys; sys.modules['av'] = None; from pathlib import Path\n"
+               "from clap2diffusion.dataset.decoding import read_windows\n"
+               "[block], rate = read_windows(Path(sys.argv[1]), 1.0); print(block.shape, rate)")
+    assert run(sys.executable, "-c", program, tmp_path / "a.wav").stdout == "(8000, 1) 8000\n"
+    done = run(sys.executable, "-c", program, tmp_path / "a.mp4")
+    assert "ModuleNotFoundError: No module named 'av" in done.stderr

@@ -50,7 +50,8 @@ def copy(tmp_path_factory):
                            ("prepare_data.py", "default=100", "default=10"),
                            ("prepare_data.py", "default=300", "default=10"),
                            ("evaluate.py", "default=25", "default=2"),
-                           ("generate.py", "default=25", "default=2")):
+                           ("generate.py", "default=25", "default=2"),
+                           ("clap2diffusion/judging/evaluation.py", "SWEEP_CLIPS = 10,", "SWEEP_CLIPS = 2,")):
         content = (place / name).read_text()
         assert content.count(old) == 1, f"{name} no longer says {old}"
         (place / name).write_text(content.replace(old, new))

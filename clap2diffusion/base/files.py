@@ -1,5 +1,6 @@
 """Whole files, written completely or not at all and read strictly; and the one lock on a folder."""
 
+import ctypes
 import fcntl
 import json
 import os
@@ -10,19 +11,22 @@ from typing import TextIO
 from clap2diffusion.base.exits import DISK_FULL, RunFailed, UserError
 
 
-def write_atomic(path: Path, content: bytes) -> None:
+def write_atomic(path: Path, content: bytes, synced: bool = True) -> None:
     """Write through a temporary file in the same folder, fsync, rename, fsync the folder.
+    synced=False leaves the two fsyncs out: the caller calls sync_disk() before it counts on the file.
     Raises RunFailed: no space is left, or the file cannot be written; the old file is as it was."""
     temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.tmp")  # a name may have 255 bytes
     try:
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            if synced:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        if synced:
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except OSError as error:
         if error.errno in DISK_FULL:
             raise RunFailed(f"no space left in {path.parent}, {len(content) / 1e6:.1f} MB needed for "
@@ -31,6 +35,21 @@ def write_atomic(path: Path, content: bytes) -> None:
     finally:
         with suppress(OSError):  # the disk may be the trouble: what is raised above says it
             temporary.unlink(missing_ok=True)
+
+
+def sync_disk(folder: Path) -> None:
+    """Wait until all that was written to the file system of a folder is on the disk. It is for many small
+    files: two fsyncs each would take as long as making them. Raises RunFailed."""
+    sync = getattr(ctypes.CDLL(None), "syncfs", None)  # Linux's; Python has none of its own
+    if sync is None:
+        os.sync()
+        return
+    place = os.open(folder, os.O_RDONLY)
+    failed = sync(place)
+    os.close(place)
+    if failed:
+        raise RunFailed(f"{folder}: the disk did not take what was written; mend it and run the same command "
+                        "again")
 
 
 def write_text(path: Path, text: str) -> None:

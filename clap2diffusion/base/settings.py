@@ -98,10 +98,11 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}{''.join(why)} (see {self.prog} --help)")
 
 
-def new_parser(doc: str, **refused: str) -> argparse.ArgumentParser:
+def new_parser(doc: str, prog: str | None = None, **refused: str) -> argparse.ArgumentParser:
     """A parser without abbreviations that shows the script's docstring and raises UserError on a bad flag.
-    refused: for flags that this script does not have but others have or had, the reason why."""
-    parser = _Parser(description=doc, allow_abbrev=False,
+    prog: the script's name, where another script builds its parser. refused: for flags that this script does
+    not have but others have or had, the reason why."""
+    parser = _Parser(prog=prog, description=doc, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.refused = {key.replace("_", "-"): reason for key, reason in refused.items()}
     return parser

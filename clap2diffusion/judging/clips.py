@@ -22,6 +22,16 @@ FEW = 50  # clips; below it a share of one half is known to no better than +- 0.
 PLAIN = "This is a photo of {}."  # what the judge reads of a label for which labels.json has no text
 
 
+def class_texts(path: Path) -> dict[str, dict[str, str]]:
+    """{label: {"en": text, "ko": text}} of labels.json; either text may be missing. Raises UserError."""
+    texts = files.read_json(path)
+    for label, of_label in texts.items():
+        if not isinstance(of_label, dict) or not all(isinstance(text, str) for text in of_label.values()):
+            raise UserError(f'{path}: {label!r:.80} has {of_label!r:.80}, expected {{"en": text}} of each '
+                            "label; correct it, or move it away: it would be taken for the classes' texts")
+    return texts
+
+
 def check_run(args: argparse.Namespace) -> bool:
     """Look at what is to be judged, or without a judge reported on. Returns whether a report can be written:
     of a run whose three stages have ended, or of one stage's folder.
@@ -153,7 +163,7 @@ class Clips:
         path = self.data_root / "labels.json"
         if not self.labelled:
             return {"caption": self.classes}
-        texts = files.read_json(path) if path.exists() else {}
+        texts = class_texts(path) if path.exists() else {}
         given = [texts.get(label, {}) for label in self.classes]
         kind = "en" if all(text.get("en") or label.isascii()
                            for label, text in zip(self.classes, given)) else "label"

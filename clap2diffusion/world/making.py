@@ -3,8 +3,10 @@
 Tux Paint's stamps (Debian's tuxpaint-stamps-default) are real recordings and photographs."""
 
 import argparse
+import csv
 import hashlib
 import io
+import json
 import time
 from collections import Counter
 from itertools import combinations, cycle
@@ -21,7 +23,8 @@ from clap2diffusion.base.progress import bar_options
 from clap2diffusion.base.workers import in_processes
 from clap2diffusion.dataset.manifest import SPLITS, begin_data_folder, write_manifest
 from clap2diffusion.pictures.sheets import write_png
-from clap2diffusion.world import sound_world
+from clap2diffusion.world import filming, sound_world
+from clap2diffusion.world.filming import FORMATS
 from clap2diffusion.world.sound_world import CLASSES, SAMPLING_RATE, UNHEARD_PAIRS
 
 # Speech under the name of a plain sound: the letters' names, and Armstrong's words (the package's changelog).
@@ -46,34 +49,60 @@ def plan_labels(split: str, n: int) -> list[tuple[str, ...]]:
     return plan
 
 
-def make_example(job: tuple[Path, int, int, int, tuple[str, ...]]) -> dict:
-    """Draw, write and describe one example; it depends on nothing but its job."""
-    out, seed, split_index, i, labels = job
+def make_example(job: tuple[Path, int, int, int, tuple[str, ...], bool]) -> dict:
+    """Draw, write and describe one example; it depends on nothing but its job, whose last item says whether
+    it is written as a video too."""
+    out, seed, split_index, i, labels, filmed = job
     rng, split = np.random.default_rng([seed, split_index, i]), SPLITS[split_index]
     state = sound_world.low_and_high(sound_world.draw_state(rng, labels))
     row = {"image_file_name": f"images/{split}-{i:05d}.png", "audio_file_name": f"audio/{split}-{i:05d}.wav",
            "text": sound_world.caption(state, rng), "label": "+".join(state.labels), "split": split,
            "properties": {"density": state.density, "sources": [vars(source) for source in state.sources]}}
-    sound = io.BytesIO()
-    soundfile.write(sound, sound_world.synthesise(state), SAMPLING_RATE, subtype="PCM_16", format="WAV")
+    waveform, scene, sound = sound_world.synthesise(state), sound_world.draw_scene(state), io.BytesIO()
+    soundfile.write(sound, waveform, SAMPLING_RATE, subtype="PCM_16", format="WAV")
     files.write_atomic(out / row["audio_file_name"], sound.getvalue())
-    write_png(out / row["image_file_name"], sound_world.draw_scene(state))
+    write_png(out / row["image_file_name"], scene)
+    if filmed:
+        name = video_name(split, i)
+        files.write_atomic(out / "videos" / name, filming.film(scene, waveform, name.partition(".")[2]))
     return row
+
+
+def video_name(split: str, i: int) -> str:
+    return f"{split}-{i:05d}.{FORMATS[i % len(FORMATS)]}"
+
+
+def write_video_list(out: Path, rows: list[dict]) -> None:
+    """videos.csv: the list of the videos, for `prepare_data.py videos --labels`."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(("file", "start_s", "label", "text", "split", "properties"))
+    for row in rows:
+        split, i = Path(row["image_file_name"]).stem.split("-")
+        table.writerow((video_name(split, int(i)), 0, row["label"], row["text"], split,
+                        json.dumps(row["properties"])))
+    files.write_text(out / "videos.csv", text.getvalue())
 
 
 def make_world(args: argparse.Namespace) -> None:
     """Write the sound world. After a stop the same command writes the files again, with the same bytes."""
     out, sizes = Path(args.out), {split: getattr(args, split) for split in SPLITS}
-    settings = {"made_by": "world", "seed": args.seed, **sizes}
+    settings = {"made_by": "world", "seed": args.seed, **sizes, **({"videos": True} if args.videos else {})}
     held = begin_data_folder(out, settings)
     if held is None:
         return
     with held:
-        began, jobs = time.time(), [(out, args.seed, index, i, labels) for index, split in enumerate(SPLITS)
-                                    for i, labels in enumerate(plan_labels(split, sizes[split]))]
+        if args.videos:
+            import av  # noqa: F401  (here it ends in one sentence if it is missing)
+            (out / "videos").mkdir(exist_ok=True)
+        began = time.time()
+        jobs = [(out, args.seed, index, i, labels, args.videos) for index, split in enumerate(SPLITS)
+                for i, labels in enumerate(plan_labels(split, sizes[split]))]
         rows = in_processes(make_example, jobs, args.workers, "sound world", "example")
         files.write_json(out / "labels.json", {label: {language: sound_world.class_caption((label,), language)
                                                  for language in ("en", "ko")} for label in CLASSES})
+        if args.videos:
+            write_video_list(out, rows)
         write_manifest(out, rows, settings)
         megabytes = sum(path.stat().st_size for path in out.rglob("*.*")) / 1e6
         counts, seconds = ", ".join(f"{n} {split}" for split, n in sizes.items()), time.time() - began

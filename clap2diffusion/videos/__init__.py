@@ -1,0 +1,1 @@
+"""Videos and loose files become a data folder: lists as people have them, preparing, pairs."""
