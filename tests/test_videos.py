@@ -540,7 +540,10 @@ def test_the_chain_checks_the_videos_and_their_list_before_anything_runs(videos,
     done = ok(plan(config, "--data-root", root))
     assert f"DATA=('videos --videos '\"'\"'{root}/videos'\"'\"' " in done.stdout
     mistaken = json.loads(config.read_text())
-    mistaken["data"] += ["--pikc", "middle"]
+    mistaken["data"] += ["--shard", "1/2"]
+    (tmp_path / "c.json").write_text(json.dumps(mistaken))
+    assert "data: --shard makes a share" in plan(tmp_path / "c.json", "--data-root", root).stderr
+    mistaken["data"][-2:] = ["--pikc", "middle"]
     (tmp_path / "c.json").write_text(json.dumps(mistaken))
     done = plan(tmp_path / "c.json", "--data-root", root)
     assert done.returncode == 2 and done.stderr.endswith(

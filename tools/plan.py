@@ -72,6 +72,9 @@ def data_steps(config: str, steps: list[list[str]], data_root: str, of_flag: boo
     steps = [[token.replace("{data_root}", data_root) for token in step] for step in steps]
     try:
         parsed = [prepare_data.build_parser().parse_args(step) for step in steps]
+        if any(getattr(one, "shard", (1, 1)) != (1, 1) for one in parsed):
+            raise UserError("--shard makes a share of the data; run prepare_data.py with it on each machine, "
+                            "and leave it out here")
         if parsed[0].command == "videos":  # a later one may read what the first makes
             read_plan(parsed[0], lambda _: None)
     except UserError as error:
