@@ -3,6 +3,7 @@
 Hugging Face's folders are read as well: the columns image_file_name, file_name, ..., and one metadata file in
 each split's folder, whose names are relative to that folder. No heavy import."""
 
+import contextlib
 import csv
 import difflib
 import functools
@@ -166,12 +167,25 @@ def _json_lines(path: Path) -> Iterator[tuple[str, object]]:
                 yield f"line {number}", item
 
 
+@contextlib.contextmanager
+def csv_faults(path: Path, line: Callable[[], int]) -> Iterator[None]:
+    """Inside, a CSV file that cannot be read becomes a UserError. line(): where the row being read begins."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text (byte 0x{error.object[error.start]:02x}); save it as "
+                        "CSV UTF-8, or convert it with iconv -t UTF-8 -f and its encoding") from None
+    except csv.Error as error:
+        raise UserError(f"{path}: line {line()} or after it: not valid CSV ({error}); a quote inside a cell "
+                        'is written twice, ""') from None
+
+
 def _csv_rows(path: Path) -> Iterator[tuple[str, object]]:
     """("line 3", {column: text}) of each row of a CSV file with a header; empty cells are left out, those of
     the text aside. The separator is the one that makes the most known columns of the header."""
     _refuse_other_formats(path)
     before = 0
-    try:
+    with csv_faults(path, lambda: before + 1):
         with path.open(encoding="utf-8-sig", newline="") as file:
             header = next((line for line in file if line.strip() and not line.lower().startswith("sep=")), "")
             options = {"strict": True, "skipinitialspace": True}
@@ -203,12 +217,6 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, object]]:
                 else:
                     yield place, {name: cell for name, cell in zip(names, cells)
                                   if cell or KEY_OF.get(name.casefold()) == "text"}
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text (byte 0x{error.object[error.start]:02x}); save it as "
-                        "CSV UTF-8, or convert it with iconv -t UTF-8 -f and its encoding") from None
-    except csv.Error as error:
-        raise UserError(f"{path}: line {before + 1} or after it: not valid CSV ({error}); a quote "
-                        'inside a cell is written twice, ""') from None
 
 
 def _list_items(path: Path) -> Iterator[tuple[str, object]]:

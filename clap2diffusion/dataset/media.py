@@ -297,16 +297,16 @@ class MediaSound:
         gap = max(GAP_S * self.samplerate, 1.5 * self._tick)
         return _places(times, lengths, self._tick, gap, self._base), frames, damaged
 
-    def _said_end(self) -> tuple[float | None, bool]:
+    def _said_end(self, kinds: set[str], lacking: str | None) -> tuple[float | None, bool]:
         """Where the container says that the sound ends, in samples from t = 0, or None where it has no
-        length; and whether it says so of the sound alone, not of the file."""
-        kinds = {*self.container.format.name.split(",")}
+        length; and whether it says so of the sound alone, not of the file. kinds: FFmpeg's names of its
+        format. lacking: missing_part() of it."""
         if kinds & NO_LENGTH_FORMATS:
             return None, False
         with open(self.path, "rb") as file:  # without a length FFmpeg guesses one from the bit rate
             head = file.read(1 << 16)
         if ("matroska" in kinds and not any(mark in head for mark in MATROSKA_DURATION)
-                or kinds & {"avi", "asf"} and missing_part(self.path) is None):
+                or kinds & {"avi", "asf"} and lacking is None):
             return None, False
         if (duration := self.stream.duration) is not None:
             alone = bool(kinds & {"mov", "avi"}) or video_stream(self.container) is None
@@ -318,7 +318,9 @@ class MediaSound:
 
     def _find_end(self) -> None:
         """Find where the sound ends, and compare it with what the container says. Raises BadFile."""
-        said, alone = self._said_end()
+        kinds = {*self.container.format.name.split(",")}
+        lacking = None if "mov" in kinds else missing_part(self.path)  # an MP4's index says more
+        said, alone = self._said_end(kinds, lacking)
         guess, rate = said, self.samplerate
         if guess is None:
             guess = (self.container.duration or 0) / 1e6 * rate
@@ -339,7 +341,6 @@ class MediaSound:
             cut = [place for place in damaged if place > max(whole, default=0)]
             self.frames = int(min([self.frames, *cut]))
         missing_s = 0.0 if said is None else (said - self.frames) / rate
-        lacking, kinds = missing_part(self.path), {*self.container.format.name.split(",")}
         if "mov" in kinds:  # its index says whether all packets of the sound are there
             cut = self._is_cut() or missing_s > END_S and not self.stream.frames
         elif "matroska" in kinds:
@@ -348,7 +349,7 @@ class MediaSound:
             cut = missing_s > END_S and lacking is None and (alone or not self._goes_on(said))
         if cut:
             raise BadFile(f"truncated: {self.frames / rate:.1f} of {said / rate:.1f} s can be decoded")
-        if lacking and "mov" not in kinds:
+        if lacking:
             raise BadFile(lacking)
         if abs(missing_s) > 5 * END_S:
             self.notes.append(("length differs", f"its container says {said / rate:.1f} s, its sound ends at "

@@ -51,6 +51,9 @@ class Unusable(Exception):
         self.reason, self.detail = reason, detail
 
 
+FAILURES = (Unusable, BadFile, MemoryError, OSError)  # of one clip; the others go on
+
+
 def file_name(wanted: Wanted, start_s: float) -> str:
     """The name of a clip's files, without suffix: readable, safe on every system, and another one for every
     file and start."""
@@ -176,22 +179,21 @@ def make_clips(wanted: Wanted, options: Options) -> list[dict]:
         what = "a pipe or device" if path.exists() else "a link to nothing" if path.is_symlink() else "gone"
         return [unusable(start, "broken", what)]
     try:
-        for start, length in window_starts(wanted, path, options):
-            try:
-                found.append(_make_clip(wanted, options, path, start, length))
-            except Unusable as error:
-                found.append(unusable(start, error.reason, error.detail))
-            except (BadFile, MemoryError, OSError) as error:
-                found.append(unusable(start, *_reason_of(path, error)))
-    except Unusable as error:
-        found.append(unusable(start, error.reason, error.detail))
-    except (BadFile, MemoryError, OSError) as error:
-        found.append(unusable(start, *_reason_of(path, error)))
+        windows = window_starts(wanted, path, options)
+    except FAILURES as error:
+        return [unusable(start, *_reason_of(path, error))]
+    for start, length in windows:
+        try:
+            found.append(_make_clip(wanted, options, path, start, length))
+        except FAILURES as error:
+            found.append(unusable(start, *_reason_of(path, error)))
     return found
 
 
 def _reason_of(path: Path, error: Exception) -> tuple[str, str]:
     """The reason that is counted of what went wrong, and what it says."""
+    if isinstance(error, Unusable):
+        return error.reason, error.detail
     said = " ".join(str(error).split()) or NO_MEMORY
     if isinstance(error, OSError):
         said = f"cannot be read ({error.strerror or error})"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from clap2diffusion.base.exits import UserError
-from clap2diffusion.dataset.manifest_file import COLUMNS, SPLIT_OF, Log, refuse_other_formats
+from clap2diffusion.dataset.manifest_file import COLUMNS, SPLIT_OF, Log, csv_faults, refuse_other_formats
 from clap2diffusion.videos.file_names import YOUTUBE_ID, read_name
 from clap2diffusion.videos.wanted import CLIP_S, join_labels
 
@@ -121,7 +121,7 @@ def _cells(path: Path) -> Iterator[tuple[str, list[str]]]:
     comment. The separator is the tab where the first such line has one, else the semicolon where it has no
     comma, else the comma."""
     before = 0
-    try:
+    with csv_faults(path, lambda: before + 1):
         with path.open(encoding="utf-8-sig", newline="") as file:
             lines = (line for line in file if line.strip() and not line.startswith(NO_ROW))
             first = next(lines, "")
@@ -133,12 +133,6 @@ def _cells(path: Path) -> Iterator[tuple[str, list[str]]]:
                 cells = [cell.strip() for cell in cells]
                 if any(cells) and not cells[0].startswith(NO_ROW):
                     yield where, cells
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text (byte 0x{error.object[error.start]:02x}); save it as "
-                        "CSV UTF-8, or convert it with iconv -t UTF-8 -f and its encoding") from None
-    except csv.Error as error:
-        raise UserError(f"{path}: line {before + 1} or after it: not valid CSV ({error}); a quote inside a "
-                        'cell is written twice, ""') from None
 
 
 def _head(path: Path) -> list[list[str]]:
