@@ -57,10 +57,15 @@ def load_stock_pipeline(base_dir: Path, adapter_path: Path, device: str = "cpu",
     on the base model's noise schedule."""
     pipe = load_base_pipeline(base_dir, dtype, **parts)
     pipe.load_ip_adapter(str(adapter_path.parent), "", adapter_path.name, image_encoder_folder=None)
-    if SCHEDULERS[scheduler]:
-        kind = getattr(diffusers, SCHEDULERS[scheduler])
-        pipe.scheduler = kind.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    set_scheduler(pipe, scheduler)
     return pipe.to(device)
+
+
+def set_scheduler(pipe, name: str) -> None:
+    """Give a pipeline one of SCHEDULERS on the noise schedule that it has; "base" changes nothing."""
+    if SCHEDULERS[name]:
+        kind = getattr(diffusers, SCHEDULERS[name])
+        pipe.scheduler = kind.from_config(pipe.scheduler.config, timestep_spacing="trailing")
 
 
 def stock_layout(weights: dict[str, nn.Module], unet: nn.Module) -> dict[str, Tensor]:
@@ -72,8 +77,8 @@ def stock_layout(weights: dict[str, nn.Module], unet: nn.Module) -> dict[str, Te
     for i, (to_k, to_v) in enumerate(zip(audio_attn.to_k, audio_attn.to_v)):
         tensors[f"ip_adapter.{2 * i + 1}.to_k_ip.weight"] = to_k.weight
         tensors[f"ip_adapter.{2 * i + 1}.to_v_ip.weight"] = to_v.weight * torch.tanh(audio_attn.gate)
-    for i, name in enumerate(unet.attn_processors):
-        attn = unet.get_submodule(name.removesuffix(".processor"))
+    for i, name in enumerate(attention_names(unet)):
+        attn = unet.get_submodule(name)
         layers = {"to_q": attn.to_q, "to_k": attn.to_k, "to_v": attn.to_v, "to_out": attn.to_out[0]}
         for key, layer in layers.items():
             if hasattr(layer, "lora_A"):
@@ -83,12 +88,18 @@ def stock_layout(weights: dict[str, nn.Module], unet: nn.Module) -> dict[str, Te
     return tensors
 
 
+def attention_names(unet: nn.Module) -> list[str]:
+    """The UNet's attentions in the order of its processors, from which the file's numbers are: number i is
+    [i]. So another program can put the tensors in their places without asking a UNet."""
+    return [name.removesuffix(".processor") for name in unet.attn_processors]
+
+
 def write_adapter(path: Path, weights: dict[str, nn.Module], unet: nn.Module, header: dict) -> None:
     """Write the file that stock diffusers loads. Its metadata are adapter_facts() and their SHA-256."""
     named = ("stage", "step", "base_model", "clap_model", "fingerprints", "dims")
     facts = {**{key: header[key] for key in named}, "image_size": header["settings"]["image_size"],
              "tanh_gate": float(torch.tanh(weights["audio_attn"].gate.detach())),
-             "warning": header.get("warning", ""),
+             "warning": header.get("warning", ""), "attentions": attention_names(unet),
              **{key: header[key] for key in ("name", "best_step", "verdict", "history") if key in header}}
     tensors = {key: weight.detach().float().cpu().contiguous()
                for key, weight in stock_layout(weights, unet).items()}
