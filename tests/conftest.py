@@ -23,12 +23,13 @@ import pytest
 
 from clap2diffusion.base import packages
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch loads: a sum's last bits depend on its threads
 # one sentence, instead of one traceback for each file of tests
 packages.check((*packages.NEEDED, "bitsandbytes", "matplotlib", "tensorboard", "scipy", "jinja2", "resvg_py",
                 "hypothesis"))
 ROOT = Path(__file__).resolve().parent.parent
 BASE, CLAP, JUDGE = (ROOT / "assets/tiny" / name for name in ("base", "clap", "judge"))
-ENV = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(ROOT)}
+ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
 LONG_FIRST = [f"test_{name}.py" for name in (
     "readme", "evaluate", "faults_signals", "stages", "faults_runs", "verdict", "faults_data", "golden",
     "ablations", "terminals", "parallel", "stock", "page", "hub", "faults_config", "manifest", "generate",
