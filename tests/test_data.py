@@ -1,6 +1,7 @@
 """The data set: values against independent computations, faults of folders, cache against encoders."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -941,6 +942,7 @@ def test_what_breaks_in_a_loader_process_is_said_as_in_our_own():
         with pytest.raises(RunFailed) as caught:
             list(make_loader(_Breaks(), 2, 0, 0, 2, workers, torch.device("cpu")))
         assert str(caught.value) == _Breaks.SENTENCE
+        assert not multiprocessing.active_children()  # although `caught` holds the traceback
 
 
 def test_workers_ignore_ctrl_c_and_a_killed_one_is_one_sentence():

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+import traceback
 from pathlib import Path
 from typing import NamedTuple
 
@@ -134,14 +135,20 @@ class Loader(DataLoader):
             batches = super().__iter__()
         try:
             yield from batches
+            return
         except RuntimeError as error:
             if "DataLoader worker (pid" not in str(error):
                 raise
-            reason = str(error).splitlines()[0]
-            raise RunFailed(f"a data loading process was killed ({reason}); it ran out of memory or of "
-                            "shared memory: use Docker's --shm-size=8g or --workers 0") from None
+            held, reason = error.__traceback__, str(error).splitlines()[0]
+            sentence = (f"a data loading process was killed ({reason}); it ran out of memory or of shared "
+                        "memory: use Docker's --shm-size=8g or --workers 0")
         except RunFailed as error:  # torch puts the process's traceback and the class before the sentence
-            raise RunFailed(str(error).strip().splitlines()[-1].rpartition("RunFailed: ")[2]) from None
+            held, sentence = error.__traceback__, str(error).strip().splitlines()[-1]
+            sentence = sentence.rpartition("RunFailed: ")[2]
+        # The processes end when nothing holds `batches`. Python waits for them at its end, and they for it.
+        traceback.clear_frames(held)
+        self._iterator = batches = held = None  # torch's own, where processes persist
+        raise RunFailed(sentence)
 
 
 class Decode(Dataset):
