@@ -71,10 +71,11 @@ def remove_stale(folder: Path, pattern: str = ".*.tmp") -> list[Path]:
     return stale
 
 
-def lock(folder: Path, wait: str = "") -> TextIO:
+def lock(folder: Path, wait: str = "", flag: str = "--run") -> TextIO:
     """Hold a folder until the returned file is closed or this process ends. The folder is made if need be.
     A POSIX lock: unlike flock's it does not pass to forked workers, so kill -9 frees it at once.
-    wait: what to print before waiting for another process that holds it; '' refuses, naming that process.
+    wait: what to print before waiting for another process that holds it; '' refuses, naming that process and
+    the `flag` that gives another folder.
     Raises UserError: it refuses. Raises OSError: the folder cannot be made or written."""
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / ".lock").open("a+", encoding="utf-8")
@@ -84,7 +85,7 @@ def lock(folder: Path, wait: str = "") -> TextIO:
         if not wait:
             file.seek(0)
             raise UserError(f"{folder}: process {file.read().strip() or '?'} is working in this folder; wait "
-                            "for it, or give another --run") from None
+                            f"for it, or give another {flag}") from None
         print(wait, flush=True)
         fcntl.lockf(file, fcntl.LOCK_EX)
     if not wait:  # a made data folder holds the same bytes whoever made it

@@ -43,7 +43,7 @@ def resolve_model(name: str, what: str, beside: Path | None = None) -> Path:
     looked = "here"
     if beside and not Path(name).is_absolute():
         looked = f"in {Path().resolve()}, beside {beside} or above it, or in {SCRIPTS}"
-    if not folder.exists() and _is_hub_name(name):
+    if not folder.exists() and is_hub_name(name):
         folder = _download(name, what, looked)
     try:
         if folder.is_file():
@@ -101,7 +101,8 @@ def find_trained(given: str, trained: str, what: str, adapter_path: Path) -> Pat
                         f"with --{what.lower().replace(' ', '-')}") from None
 
 
-def _is_hub_name(name: str) -> bool:
+def is_hub_name(name: str) -> bool:
+    """Whether a model's name may be OWNER/NAME on the hub; there may be such a folder all the same."""
     return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
@@ -122,7 +123,7 @@ def _cached(name: str, what: str) -> tuple[Path | None, str]:
 
 def would_download(name: str, what: str) -> bool:
     """Whether resolve_model() would ask the hub for this model."""
-    return not Path(name).exists() and _is_hub_name(name) and _cached(name, what)[0] is None
+    return not Path(name).exists() and is_hub_name(name) and _cached(name, what)[0] is None
 
 
 def _download(name: str, what: str, looked: str) -> Path:
