@@ -5,12 +5,13 @@
 #   bash run_all_stages.sh                                         # the built-in default: CPU, nothing to download
 #   bash run_all_stages.sh configs/sd15.json --data-root my_data   # flags go to every stage that knows them
 #   bash run_all_stages.sh configs/vggsound.json --data-root my_vggsound   # from videos and a list of them
-#   bash run_all_stages.sh --tmux [CONFIG] [FLAGS]                 # the same in a tmux session that outlives this terminal
+#   bash run_all_stages.sh --tmux [CONFIG] [FLAGS]                 # the same in a tmux session that outlives this terminal; its
+#                                                                  # second window shows how it goes
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 if [ "${1-}" = "--help" ] || [ "${1-}" = "-h" ]; then
-    sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     exit 0
 fi
 in_tmux=
@@ -53,7 +54,7 @@ plan=$("$PYTHON" tools/plan.py "$config" "$@")
 eval "$plan"  # sets RUN and the arrays DATA, EVALUATE, STAGE1, STAGE2, STAGE3, all quoted by Python
 
 start_in_tmux() {  # CONFIG [FLAGS]: the same chain in a session of its own. A pane stays when its run has ended
-    local panes pane code user folder environment stop="tmux kill-session -t clap2diffusion"
+    local panes pane code user folder environment chain stop="tmux kill-session -t clap2diffusion"
     local come_back="tmux attach -t clap2diffusion"
     if [ -n "${TMUX-}" ]; then come_back="tmux switch-client -t clap2diffusion"; fi
     panes=$(tmux list-panes -s -t =clap2diffusion -F '#{pane_dead}|#{pane_dead_status}|#{pane_current_command}|#{session_path}' 2>/dev/null) || panes=
@@ -68,13 +69,18 @@ start_in_tmux() {  # CONFIG [FLAGS]: the same chain in a session of its own. A p
     environment=$(mktemp)  # a server that is there already would run this with its own variables
     { (unset TERM TMUX TMUX_PANE; export -p); printf 'set --'; printf ' %q' "$@"; echo; } >"$environment"
     # shellcheck disable=SC2016
-    tmux new-session -d -s clap2diffusion -c "$PWD" bash -c '. "$0"; rm -f "$0"; exec bash run_all_stages.sh "$@"' "$environment" \; \
-        set-option -w -t =clap2diffusion: remain-on-exit on || {
+    chain=$(tmux new-session -d -P -F '#{pane_pid}' -s clap2diffusion -n chain -c "$PWD" bash -c '. "$0"; rm -f "$0"; exec bash run_all_stages.sh "$@"' "$environment" \; \
+        set-option -w -t =clap2diffusion: remain-on-exit on) || {
         rm -f "$environment"
         echo "error: tmux could not start a session (its own words are above); run this without --tmux" >&2
         exit 1
     }
+    # a second window, behind the first, that ends with the chain
+    tmux new-window -d -a -t =clap2diffusion:=chain -n watch -c "$PWD" \
+        "$(command -v "$PYTHON")" tools/watch.py "$RUN" --until "$chain" ||
+        echo "no second window to watch it (tmux's own words are above); python tools/watch.py $RUN shows the same" >&2
     printf '%s\n' "started in tmux; it goes on when this terminal is closed" "  come back: $come_back" \
+        "  see how it goes: Ctrl-b, then n, for the second window and back" \
         "  leave it running: Ctrl-b, then d" "  stop it, which saves first: $stop"
 }
 

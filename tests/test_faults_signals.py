@@ -502,8 +502,13 @@ def test_tmux_starts_what_is_right_and_tells_running_from_finished(tmp_path):
         done = start("tiny.json", TMUX=tmux("display-message", "-p", "#{socket_path},#{pid},0"))
         assert done.returncode == 2 and f"is running (bash in {place})" in done.stderr, done.stderr
         assert "come back to it: tmux switch-client -t clap2diffusion" in done.stderr  # no tmux inside tmux
+        windows = ("list-windows", "-t", "=clap2diffusion", "-F", "#W #{window_active}")
+        assert tmux(*windows).splitlines() == ["chain 1", "watch 0"]
+        wait_for(lambda: "stage1  not begun" in tmux("capture-pane", "-p", "-t", "=clap2diffusion:watch"),
+                 "the second window's words")
         (place / "go").touch()
         wait_for(lambda: tmux("list-panes", "-t", "=clap2diffusion", "-F", "#{pane_dead}") == "1", "its end")
+        wait_for(lambda: tmux(*windows) == "chain 1", "the end of the second window")
         (place / "go").unlink()
         (place / "seen").unlink()
         done = ok(start("tiny.json"))
@@ -511,9 +516,11 @@ def test_tmux_starts_what_is_right_and_tells_running_from_finished(tmp_path):
         assert re.search(f"the run before it, in {re.escape(str(place))}, has ended(;| with exit code 3;)",
                          done.stdout), done.stdout
         wait_for((place / "seen").exists, "the second chain's first script")
-        session = int(tmux("list-panes", "-t", "=clap2diffusion", "-F", "#{pane_pid}"))
+        sessions = tmux("list-panes", "-s", "-t", "=clap2diffusion", "-F", "#{pane_pid}").split()
         tmux("kill-session", "-t", "clap2diffusion")
-        has_no_process(session)
+        assert len(sessions) == 2
+        for session in map(int, sessions):
+            has_no_process(session)
     finally:
         tmux("kill-server")
 

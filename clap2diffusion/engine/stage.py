@@ -24,6 +24,7 @@ from clap2diffusion.engine.changes import code_hashes, nothing_learned, warn_of_
 from clap2diffusion.engine.dry_run import show_plan
 from clap2diffusion.engine.gate_sweep import asks_for_proof, find_warning
 from clap2diffusion.engine.run_folder import Logger, Progress, RunFolder, previous_stage, say_warning
+from clap2diffusion.engine.watching import NoMeter, Watch, open_meter
 from clap2diffusion.pictures.pipelines import (
     UNPROVEN,
     check_export,
@@ -135,6 +136,9 @@ class StageRun:
         self._log_header()
         if proof:
             self.log.text(f"{cfg.name}: {proof}")
+        self.watch = Watch(open_meter(self.device) if processes.first() else NoMeter())
+        if self.watch.meter.about:
+            self.log.text(f"{cfg.name}: {self.watch.meter.about}")
         self.check = FiniteCheck(self.log, lambda step: sample_ids(self.train, cfg, step))
         return self.progress
 
@@ -188,8 +192,9 @@ class StageRun:
     def batches(self) -> Iterator[dict]:
         """This process's training batches, from the current step to the last."""
         cfg, done = self.cfg, self.progress.step
-        return iter(make_loader(self.train, cfg.batch_size, cfg.seed, done * cfg.accumulation,
-                                cfg.steps * cfg.accumulation, cfg.workers, self.device))
+        loader = make_loader(self.train, cfg.batch_size, cfg.seed, done * cfg.accumulation,
+                             cfg.steps * cfg.accumulation, cfg.workers, self.device)
+        return self.watch.waiting(iter(loader))
 
     @contextmanager
     def stepping(self):
@@ -197,21 +202,28 @@ class StageRun:
         options = bar_options(total=self.cfg.steps, initial=self.progress.step, desc=self.cfg.name,
                               unit="step", dynamic_ncols=True, disable=not processes.first())
         with stops_awaited(speaks=processes.first()) as self.stops, tqdm(**options) as self.bar:
+            self.watch.restart()
             yield
 
     def save_best(self) -> None:
         """Keep the weights as they are now as the best ones."""
+        self.watch.lap("validation")
         save_checkpoint(self.folder.best, self.weights, {**self.header, "step": self.progress.step})
+        self.watch.lap("saves")
 
     def save_if_due(self) -> None:
         """Save everything every --save-every steps, at the end and on a signal, and then raise Stopped."""
         step = self.progress.step
+        self.watch.lap("validation")  # all that was done since the step
+        if self.progress.validated_step == step and (line := self.watch.conclude()):
+            self.log.text(f"{self.cfg.name}: {line}")
         signum = processes.largest(self.stops[0] if self.stops else 0)  # one may come while processes agree
         if signum or self.progress.ended or step % self.cfg.save_every == 0:
             self.folder.save(step, self.objects, self.header, self.cfg.keep)
         if signum:
             raise Stopped(signum, f"step {step} is saved in {self.folder.checkpoint(step)}; the same command "
                           "goes on from there")
+        self.watch.lap("saves")
 
     def sample_if_due(self) -> None:
         """Every --sample-every steps, write sample pictures of the present weights. Then a step begins."""
@@ -221,6 +233,7 @@ class StageRun:
             write_adapter(path, self.weights, self.unet, {**self.header, "step": step})
             self._write_samples(path, f"samples-{step:08d}.png")
             path.unlink()
+        self.watch.lap("samples")
         self._step_began = time.perf_counter()
 
     def _write_samples(self, adapter_path: Path, name: str) -> None:
@@ -235,11 +248,17 @@ class StageRun:
         progress.step_seconds += time.perf_counter() - self._step_began
         self.bar.update()
         if progress.step % self.cfg.log_every and progress.step != self.cfg.steps:
+            self.watch.lap("steps")
             return
         values = {"loss": float(loss), "grad_norm": float(grad_norm), **more}
-        self.bar.set_postfix({key: f"{value:.4g}" for key, value in values.items()}, refresh=False)
+        self.watch.lap("steps")  # after the device has caught up
+        device = self.watch.read(progress.step)
+        shown = {key: f"{value:.4g}" for key, value in values.items()}
+        shown |= {key[:3]: f"{device[key]:.0f}%" for key in ("gpu_percent", "cpu_percent") if key in device}
+        self.bar.set_postfix(shown, refresh=False)
         self.log.scalars(progress.step, **values, s_per_step=progress.step_seconds / progress.step,
-                         memory_mb=max(peak_memory_mb(self.device).values()))
+                         memory_mb=max(peak_memory_mb(self.device).values()), **device)
+        self.watch.lap("steps")
 
     # --- the end
     def finish(self, scheduler, **result) -> None:
