@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 
 from clap2diffusion.base.exits import UserError, run_main
-from clap2diffusion.base.settings import GUIDANCE, SCHEDULERS, SEED, Number, new_parser
+from clap2diffusion.base.settings import SEED, Number, check_sampling, new_parser, sampling_flags
 
 QUICK_CLIPS = 100
 
@@ -40,12 +40,10 @@ def build_parser() -> argparse.ArgumentParser:
     # the pictures
     add("--columns", type=Number(int, 1, 32), default=10,
         help="held-out sounds on the sheet, one a label if it can be")
-    add("--guidance", type=Number(float, 1, 100), default=GUIDANCE, help="classifier-free guidance; 1 = none")
+    add("--guidance", type=Number(float, 1, 100),
+        help="classifier-free guidance; 1 = none (default: as generate.py's)")
     add("--guidance-sweep", type=Number(float, 1, 100), nargs="+", default=[],
         help="guidances to try on 100 validation clips; the best one takes the place of --guidance")
-    add("--steps", type=Number(int, 1, 1000), default=25, help="sampling steps")
-    add("--scheduler", choices=[*SCHEDULERS], default="base",
-        help="base = the base model's own; dpm, unipc: made for few steps")
     add("--seed", type=SEED, default=0, help="clip i starts from noise seed + i")
     add("--gate", type=Number(float, 0, 1), default=None, help="tanh(gate) instead of the learned one")
     add("--noise", action="store_true",
@@ -55,12 +53,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--clap-model", default="", help="where the adapter's CLAP lies now ('' = where it was in training)")
     add("--batch-size", type=Number(int, 1), default=50, help="pictures made at once")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto = CUDA if torch sees it")
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="type the models are held and run in")
+    sampling_flags(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
+    check_sampling(args)
     if args.guidance_sweep and args.split == "val":
         raise UserError("--guidance-sweep chooses on the validation clips, so they cannot judge its choice; "
                         "leave it or --split val out")

@@ -9,6 +9,7 @@
     python generate.py --audio dog.wav --prompt "at deep dusk" --guidance-text 3 --guidance-audio 6
     python generate.py --audio dog.wav --init-image photo.png --strength 0.6  # begin with a picture
     python generate.py --audio dog.wav --attention-map                        # where the sound acted
+    python generate.py --audio dog.wav --scheduler lcm --lora assets/tiny/lcm_lora.safetensors    # in 4 steps
 
 Each PNG has its settings in the text chunk `clap2diffusion`. A silent clip is the null audio, as in training.
 """
@@ -16,7 +17,15 @@ Each PNG has its settings in the text chunk `clap2diffusion`. A silent clip is t
 import argparse
 
 from clap2diffusion.base.exits import UserError, run_main
-from clap2diffusion.base.settings import GUIDANCE, SCHEDULERS, SEED, Number, new_parser
+from clap2diffusion.base.settings import (
+    GUIDANCE,
+    LCM_GUIDANCE,
+    SEED,
+    Number,
+    check_sampling,
+    new_parser,
+    sampling_flags,
+)
 
 AUDIO_SCALE, STRENGTH, MOST_PICTURES = 1.0, 0.6, 400
 
@@ -47,7 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="strength of the sound in place of the learned gate (0 = no sound)")
     add = strength.add_argument
     add("--guidance", type=Number(float, 1, 100), metavar="G",
-        help=f"classifier-free guidance (default: {GUIDANCE:g}; 1 = none)")
+        help=f"classifier-free guidance; 1 = none (default: {GUIDANCE:g}; with --scheduler lcm "
+             f"{LCM_GUIDANCE:g})")
     add("--guidance-text", type=Number(float, 0, 100), metavar="T",
         help="guidance of the prompt alone; with --guidance-audio, instead of --guidance")
     add("--guidance-audio", type=Number(float, 0, 100), metavar="A", help="guidance of the sound alone")
@@ -58,9 +68,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="picture to begin with, cropped as in training (default: noise alone)")
     add("--strength", type=Number(float, 0, 1),
         help="how much of --init-image is drawn anew, 0 to 1 (default: 0.6)")
-    add("--steps", type=Number(int, 1, 1000), default=25, help="sampling steps (default: 25)")
-    add("--scheduler", choices=[*SCHEDULERS], default="base",
-        help="base = the base model's own; dpm, unipc: made for few steps, such as --steps 8 (default: base)")
     add("--seed", type=SEED, default=0,
         help="seed of the starting noise (default: 0); with --each file i takes seed + i - 1")
     add("--size", type=Number(int, 8, 4096, multiple_of=8),
@@ -69,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="write beside each picture where the sound acted: NAME-attention.png and NAME-attention.npz")
     add("--out", default="out.png", help="PNG to write (default: out.png)")
 
+    sampling_flags(parser)
     add = parser.add_argument_group("models").add_argument
     add("--run", default="runs/tiny",
         help="run or stage folder (its adapter.safetensors), or an adapter file (default: runs/tiny)")
@@ -77,12 +85,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--clap-model", default="", help="where the adapter's CLAP lies now ('' = where it was in training)")
     add("--batch-size", type=Number(int, 1), default=16, help="pictures made at once (default: 16)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto = CUDA if torch sees it")
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="type the models are held and run in")
     return parser
 
 
 def check_flags(args: argparse.Namespace) -> None:
     """Refuse flags that contradict each other (UserError); fill in defaults that depend on other flags."""
+    guided = args.guidance
+    check_sampling(args)
     n, weights, pair = len(args.audio), args.weights, (args.guidance_text, args.guidance_audio)
     mode = "--each" if args.each else "--interpolate" if args.interpolate else "--every" if args.every else ""
     strength = STRENGTH if args.strength is None else args.strength
@@ -96,21 +105,25 @@ def check_flags(args: argparse.Namespace) -> None:
          f"--interpolate leads from one sound to another, got {n} --audio files; give exactly two"),
         (args.every and n != 1, f"--every goes through one long sound, got {n} --audio files; give one"),
         (pair.count(None) == 1, "--guidance-text and --guidance-audio belong together; give both or neither"),
-        (pair.count(None) < 2 and args.guidance is not None,
+        (pair.count(None) < 2 and guided is not None,
          "--guidance is replaced by --guidance-text and --guidance-audio; leave it or those two out"),
-        (args.negative_audio and args.guidance == 1,
-         "--negative-audio acts through guidance, and --guidance 1 means none; raise it above 1"),
+        (args.negative_audio and args.guidance == 1 and pair.count(None) == 2,
+         "--negative-audio acts through guidance, and --guidance 1 means none; raise it above 1"
+         if guided else "--negative-audio acts through guidance, and --scheduler lcm draws with none; give "
+         "--guidance, such as 1.5"),
         (args.strength is not None and not args.init_image,
          "--strength is for --init-image; give one or leave it out"),
         (args.init_image and int(args.steps * strength) < 1,
          f"--strength {strength:g} of --steps {args.steps} leaves no step to draw; raise one of them"),
+        (args.attention_map and args.compile,
+         "--attention-map looks between layers that --compile makes one; leave one out"),
         (args.attention_map and (args.interpolate or args.every),
          f"--attention-map is for the single picture and for --each; leave it or {mode} out"),
     ):
         if wrong:
             raise UserError(sentence)
-    if pair.count(None) == 2 and args.guidance is None:
-        args.guidance = GUIDANCE
+    if pair.count(None) < 2:
+        args.guidance = None
     if args.gate is None and args.audio_scale is None:
         args.audio_scale = AUDIO_SCALE
     if args.init_image:

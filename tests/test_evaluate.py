@@ -629,7 +629,7 @@ def test_a_sheet_made_in_batches_has_each_picture_in_its_column(run, world, monk
         return [Image.new("RGB", (size, size), (int(255 * abs(one[0])), 50 * seed, int(255 * abs(one[1]))))
                 for one, seed in zip(audio_embeds, seeds, strict=True)]
     monkeypatch.setattr(report, "pictures", pictures)
-    monkeypatch.setattr(report, "load_stock_pipeline", lambda *args: None)
+    monkeypatch.setattr(report, "load_stock_pipeline", lambda *args, **more: None)
     stages = History(run / "stage3/adapter.safetensors").stages
     alone, batched = (report.make_sheet(stages, evaluate.build_parser().parse_args(
         ["--data-root", str(world), "--columns", "5", "--batch-size", n])) for n in ("1", "2"))

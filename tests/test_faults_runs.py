@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BASE, CLAP, ok, script
+from conftest import BASE, CLAP, ROOT, ok, script
 from faults import Case, check, hashes
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 
 from clap2diffusion.base.tensor_file import digest, read_tensors, unflatten
 from clap2diffusion.pictures.inputs import adapter_facts
@@ -459,6 +459,26 @@ def generate(*flags, run: str = "run"):
     return make
 
 
+def with_lora(make, name: str = "l.safetensors"):
+    """generate.py with the LoRA that make(path, the small models' LCM LoRA as bytes) writes."""
+    def build(c: Place) -> list:
+        make(c.d / name, (ROOT / "assets/tiny/lcm_lora.safetensors").read_bytes())
+        return generate("--lora", c.d / name)(c)
+    return build
+
+
+def attacks(path: Path, _) -> None:
+    path.write_bytes(pickle.dumps(Attack(path.parent / "executed")))
+
+
+def lora_tensors(change):
+    """The LoRA with change(name, tensor) of each of its tensors."""
+    def make(path: Path, whole: bytes) -> None:
+        tensors = dict(change(name, one) for name, one in load(whole).items())
+        path.write_bytes(save({name: one.contiguous() for name, one in tensors.items()}))
+    return make
+
+
 def generate_from(make):
     def build(c: Place) -> list:
         path = c.d / "a.wav"
@@ -779,6 +799,34 @@ PICTURES = [
     Case("a broken picture to begin from",
          lambda c: (c.d / "i.png").write_bytes(b"x") and generate("--init-image", "d/i.png")(c), 2,
          "error: --init-image {d}/i.png: not a picture that Pillow reads", no_picture),
+    Case("a LoRA that is not there", generate("--lora", "d/l.safetensors"), 2,
+         "error: --lora {d}/l.safetensors: is not a file; expected a LoRA in one safetensors file",
+         no_picture),
+    Case("a pickle as LoRA", with_lora(attacks, "l.bin"), 2,
+         "error: --lora {d}/l.bin: expected a name that ends in .safetensors; other formats may run code",
+         no_picture),
+    Case("a pickle as LoRA, by another name", with_lora(attacks), 2,
+         "error: --lora {d}/l.safetensors: is not a whole file of weights", no_picture),
+    Case("a truncated LoRA", with_lora(lambda p, whole: p.write_bytes(whole[:-1])), 2,
+         "error: --lora {d}/l.safetensors: is not a whole file of weights (*; copy or download it again",
+         no_picture),
+    Case("a LoRA of Stable Diffusion XL", with_lora(lora_tensors(lambda name, x: (
+        f"lora_te2_{name[5:].replace('.', '_', 6)}", x))), 2,
+         "error: --lora {d}/l.safetensors: * tensors belong to no layer of */base, first lora_te2_*; "
+         "expected a LoRA for this base model, not for Stable Diffusion XL", no_picture),
+    Case("a LoRA of another base model's size", with_lora(lora_tensors(lambda name, x: (
+        name, x.repeat(2, 1) if x.ndim == 2 else x))), 2, "; give a LoRA that was made for this base model",
+         no_picture),
+    Case("a LoRA with NaN", with_lora(lora_tensors(lambda name, x: (name, x * float("nan")))), 2,
+         "error: --lora {d}/l.safetensors: holds NaN or infinity; copy or download it again", no_picture),
+    Case("a LoRA that was not trained", with_lora(lora_tensors(lambda name, x: (
+        name, x * ("lora_B" not in name)))), 2,
+         "error: --lora {d}/l.safetensors: all of it is 0, so it would change nothing", no_picture),
+    Case("4 bits in float32 for a picture", generate("--frozen-dtype", "nf4"), 2,
+         "error: --frozen-dtype nf4 needs --precision bf16", no_picture),
+    Case("judging with a LoRA that is not there", lambda c: [
+        "evaluate.py", "--run", c.run, "--lora", c.d / "l.safetensors"], 2,
+         "error: --lora {d}/l.safetensors: is not a file"),
     Case("judging a run that is not there", lambda c: ["evaluate.py", "--run", c.d / "none"], 2,
          "error: {d}/none: holds no adapter.safetensors"),
     Case("a report of a run that is not finished", lambda c: ["evaluate.py", "--judge", "", "--run", c.d], 2,

@@ -15,16 +15,18 @@ import soundfile
 import torch
 from conftest import BASE, CLAP, ENV, ROOT, ok, script
 from PIL import Image
-from test_models import add_moved_lora, merge_lora
+from test_models import add_moved_lora, inputs, merge_lora, stock_forward
 
 import common
 import generate
 from clap2diffusion.base.exits import UserError
 from clap2diffusion.base.hub import fingerprint
+from clap2diffusion.base.settings import check_sampling
 from clap2diffusion.dataset.encoders import CLAPAudioEncoder
 from clap2diffusion.pictures import generation, pipelines
 from clap2diffusion.pictures.generation import embed, mix, slerp, window_starts
 from clap2diffusion.pictures.heat_maps import Recorder, record
+from clap2diffusion.pictures.loras import check_lora
 from clap2diffusion.pictures.pipelines import listening
 from clap2diffusion.pictures.sheets import tile
 
@@ -94,15 +96,17 @@ def encoder():
 
 
 @cache
-def pipeline(base: Path, adapter_path: Path, device, dtype, scheduler):
-    return LOAD(base, adapter_path, device, dtype, scheduler)
+def pipeline(base: Path, adapter_path: Path, device, dtype, scheduler, **more):
+    return LOAD(base, adapter_path, device, dtype, scheduler, **more)
 
 
 LOAD = pipelines.load_stock_pipeline
+PLAIN = {"lora": "", "lora_scale": 1.0, "frozen_dtype": "", "compile": False}  # as generate.py says it
+LCM = ROOT / "assets/tiny/lcm_lora.safetensors"
 
 
 def stock_pipe(adapter: Path):
-    return pipeline(BASE, adapter, torch.device("cpu"), torch.float32, "base")
+    return pipeline(BASE, adapter, torch.device("cpu"), torch.float32, scheduler="base", **PLAIN)
 
 
 def read(path: Path) -> np.ndarray:
@@ -125,7 +129,8 @@ def apart(a: np.ndarray, b: np.ndarray) -> int:
 
 
 @pytest.mark.parametrize("name, kind",
-                         [("dpm", "DPMSolverMultistepScheduler"), ("unipc", "UniPCMultistepScheduler")])
+                         [("dpm", "DPMSolverMultistepScheduler"), ("unipc", "UniPCMultistepScheduler"),
+                          ("ddim", "DDIMScheduler")])
 def test_a_scheduler_for_few_steps_is_diffusers_own(name, kind, draw, sounds, adapter, tmp_path):
     import diffusers
     ours = draw(sounds["siren"], "--scheduler", name)
@@ -137,7 +142,238 @@ def test_a_scheduler_for_few_steps_is_diffusers_own(name, kind, draw, sounds, ad
                  guidance_scale=3.0, num_inference_steps=3,
                  generator=torch.Generator().manual_seed(0), height=64, width=64).images[0]
     assert apart(ours, np.asarray(image).astype(int)) <= 1
-    assert apart(ours, draw(sounds["siren"])) > 5  # the base model's own scheduler goes another way
+    if name != "ddim":  # which is this base model's own
+        assert apart(ours, draw(sounds["siren"])) > 5
+
+
+# --- few steps and bits -------------------------------------------------------------------------------------
+
+def write_lora(path: Path, kind: str, scale: float = 1.0) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A LoRA of linear layers and convolutions of the UNet in the names of diffusers now ("peft"), of
+    diffusers before ("old") or of kohya, whose alpha is half the rank of 4.
+    Returns the file and what it adds to each weight."""
+    from diffusers import UNet2DConditionModel
+    from safetensors.torch import save_file
+    unet = UNet2DConditionModel.from_pretrained(BASE, subfolder="unet")
+    block, tensors, deltas = "mid_block.attentions.0", {}, {}
+    generator = torch.Generator().manual_seed(1)
+    for layer in (f"{block}.transformer_blocks.0.attn2.to_q", f"{block}.transformer_blocks.0.attn1.to_out.0",
+                  f"{block}.transformer_blocks.0.ff.net.0.proj", f"{block}.proj_in",
+                  "down_blocks.1.resnets.0.conv1", "down_blocks.0.downsamplers.0.conv"):
+        shape = unet.get_submodule(layer).weight.shape
+        down = 0.2 * torch.randn(4, *shape[1:], generator=generator)
+        up = scale * 0.2 * torch.randn(shape[0], 4, *(1 for _ in shape[2:]), generator=generator)
+        deltas[layer] = (up.flatten(1) @ down.flatten(1)).view(shape) * (0.5 if kind == "kohya" else 1)
+        if kind == "kohya":
+            name = f"lora_unet_{layer.replace('.', '_')}"
+            tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up,
+                        f"{name}.alpha": torch.tensor(2.0)}
+        else:
+            names = ("lora_A", "lora_B") if kind == "peft" else ("lora.down", "lora.up")
+            tensors |= {f"unet.{layer}.{half}.weight": one for half, one in zip(names, (down, up))}
+    save_file(tensors, path)
+    return path, deltas
+
+
+def without_lora(adapter: Path, folder: Path) -> Path:
+    """The adapter's file without its LoRA."""
+    from safetensors.torch import load_file, save_file
+    tensors = {name: one for name, one in load_file(adapter).items() if "_lora" not in name}
+    save_file(tensors, folder / "bare.safetensors")
+    return folder / "bare.safetensors"
+
+
+@pytest.mark.parametrize("kind", ["peft", "old", "kohya"])
+def test_a_second_lora_and_the_adapters_own_add_up(kind, adapter, tmp_path):
+    path, deltas = write_lora(tmp_path / "mine.safetensors", kind)
+    check_lora(str(path), BASE)
+    pipe = LOAD(BASE, adapter, lora=path, lora_scale=0.7)
+    by_hand = LOAD(BASE, without_lora(adapter, tmp_path))
+    batch = inputs(by_hand.unet)
+    alone = stock_forward(by_hand, batch)
+    merge_lora(by_hand.unet, adapter)
+    own = stock_forward(by_hand, batch)
+    for layer, delta in deltas.items():
+        by_hand.unet.get_submodule(layer).weight.data += 0.7 * delta
+    both = stock_forward(by_hand, batch)
+    assert far(stock_forward(pipe, batch), both) < 1e-4
+    assert far(both, own) > 0.1 and far(own, alone) > 0.1 and far(both, alone) > 0.1  # each of them counts
+
+
+@pytest.mark.parametrize("kind", ["peft", "kohya"])
+def test_a_second_lora_may_have_a_text_encoder(kind, adapter, tmp_path):
+    from safetensors.torch import load_file, save_file
+    path, _ = write_lora(tmp_path / "mine.safetensors", kind)
+    pipe, layer = LOAD(BASE, adapter), "encoder.layers.0.self_attn.q_proj"
+    down, up = units(4, 128), units(128, 4)
+    if kind == "kohya":
+        name = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+        more = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up,
+                f"{name}.alpha": torch.tensor(2.0)}
+    else:
+        name = f"text_encoder.text_model.{layer}"
+        more = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up / 2}
+    save_file(load_file(path) | more, path)
+    check_lora(str(path), BASE)
+    found = LOAD(BASE, adapter, lora=path, lora_scale=3.0).text_encoder
+    ids = torch.arange(8)[None]
+    before = pipe.text_encoder(ids).last_hidden_state
+    pipe.text_encoder.get_submodule(layer).weight.data += 1.5 * up @ down
+    after = pipe.text_encoder(ids).last_hidden_state
+    assert far(found(ids).last_hidden_state, after) < 1e-5 and far(before, after) > 1e-3
+
+
+def far(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max())
+
+
+def test_a_unet_in_4_bits_predicts_as_its_own_numbers_in_bf16(adapter, tmp_path):
+    """With the adapter's LoRA and another one on top, which are not in 4 bits."""
+    import bitsandbytes
+    path, _ = write_lora(tmp_path / "mine.safetensors", "kohya")
+    held = LOAD(BASE, adapter, dtype=torch.bfloat16, lora=path, frozen_dtype="nf4")
+    whole = LOAD(BASE, adapter, dtype=torch.bfloat16, lora=path)
+    batch = inputs(whole.unet)
+    before, layers = stock_forward(whole, batch), 0
+    for name, layer in held.unet.named_modules():
+        if isinstance(layer, bitsandbytes.nn.Linear4bit):
+            assert "_ip" not in name and "lora_" not in name
+            weight = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            whole.unet.get_submodule(name).weight.data.copy_(weight)
+            layers += 1
+    # 7 blocks of 2 attentions of 4 layers and a feed-forward of 2
+    assert layers == 7 * 10
+    after = stock_forward(whole, batch)
+    assert far(stock_forward(held, batch), after) < 1e-4 and far(after, before) > 0.05
+
+
+def test_lcm_draws_in_4_steps_without_guidance(draw, sounds, adapter, tmp_path, capsys):
+    """By the script and by diffusers alone."""
+    import diffusers
+    plain, command = draw(sounds["siren"]), ["generate.py", "--run", adapter, "--audio", sounds["siren"]]
+    done = ok(script(*command, "--scheduler", "lcm", "--lora", LCM, "--out", tmp_path / "lcm.png"))
+    facts, picture = settings(tmp_path / "lcm.png"), read(tmp_path / "lcm.png")
+    assert (facts["scheduler"], facts["steps"], facts["guidance"]) == ("lcm", 4, 1)
+    assert facts["lora"] == str(LCM) and facts["lora_scale"] == 1 and "without --lora" not in done.stdout
+    pipe = LOAD(BASE, adapter)
+    pipe.load_lora_weights(str(LCM), adapter_name="lcm")
+    pipe.set_adapters(["faceid_0", "lcm"])
+    pipe.scheduler = diffusers.LCMScheduler.from_config(pipe.scheduler.config)
+    heard = embed(encoder(), str(sounds["siren"]))[None]
+    image = pipe("", ip_adapter_image_embeds=[heard], guidance_scale=1.0, num_inference_steps=4,
+                 generator=torch.Generator().manual_seed(0), height=64, width=64).images[0]
+    assert apart(picture, np.asarray(image).astype(int)) <= 1 and apart(picture, plain) > 20
+    bare = draw(sounds["siren"], "--scheduler", "lcm", "--steps", 4)
+    assert "--scheduler lcm without --lora" in capsys.readouterr().out and apart(bare, picture) > 20
+    assert apart(draw(sounds["siren"], "--scheduler", "lcm", "--guidance", 2, "--steps", 4), bare) > 5
+
+
+def test_fewer_bits_go_through_the_script(draw, sounds, adapter, tmp_path):
+    ok(script("generate.py", "--run", adapter, "--audio", sounds["siren"], "--steps", 3, "--precision",
+              "bf16", "--frozen-dtype", "nf4", "--lora", LCM, "--lora-scale", 0, "--out",
+              tmp_path / "nf4.png"))
+    facts, picture = settings(tmp_path / "nf4.png"), read(tmp_path / "nf4.png")
+    assert facts["frozen_dtype"] == "nf4" and facts["precision"] == "bf16" and facts["lora_scale"] == 0
+    by_hand = draw(sounds["siren"], "--precision", "bf16", "--frozen-dtype", "nf4")
+    assert apart(picture, by_hand) <= 1 and apart(picture, draw(sounds["siren"])) > 5
+
+
+def test_compile_is_for_the_transformer_blocks_alone(adapter):
+    """The UNet itself is hooked anew by every call, and would be compiled anew."""
+    unet = LOAD(BASE, adapter, compile=True).unet
+    compiled = {type(module).__name__ for module in unet.modules() if module._compiled_call_impl}
+    assert compiled == {"BasicTransformerBlock"}
+
+
+def altered_lora(path: Path, change) -> Path:
+    """A LoRA in kohya's names after change(tensors)."""
+    from safetensors.torch import load_file, save_file
+    tensors = load_file(write_lora(path, "kohya")[0])
+    change(tensors)
+    save_file({name: one.contiguous() for name, one in tensors.items()}, path)
+    return path
+
+
+def renamed(old: str, new: str):
+    def change(tensors: dict) -> None:
+        for name in [name for name in tensors if old in name]:
+            tensors[name.replace(old, new)] = tensors.pop(name)
+    return change
+
+
+MID = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_q"
+
+
+@pytest.mark.parametrize("change, says", [
+    (renamed("lora_unet_mid_block", "lora_unet_middle_block"), "belong to no layer of .*middle_block"),
+    (renamed("lora_unet_", "lora_te2_"), "for this base model, not for Stable Diffusion XL"),
+    (renamed("lora_unet_", "base_model.model."), "named as diffusers or kohya name it"),
+    (renamed("lora_unet_", "transformer."), "named as diffusers or kohya name it"),
+    (renamed(f"{MID}.lora_up.weight", f"{MID}.hada_w1_a"), "is no plain LoRA: LoHa, LoKr and DoRA cannot"),
+    (lambda t: t.update({f"{MID}.dora_scale": torch.ones(128)}), "holds .*dora_scale, and is no plain LoRA"),
+    (lambda t: t.pop(f"{MID}.lora_up.weight"), "without its other half"),
+    (lambda t: t.update({f"{MID}.lora_down.weight": torch.ones(4, 320)}),
+     f"its {MID}.lora_down.weight is 4 x 320, the layer of .* expects 4 x 128"),
+    (lambda t: t.update({f"{MID}.lora_up.weight": torch.ones(128, 8)}), "is 128 x 8, .* expects 128 x 4"),
+    (lambda t: t.update({f"{MID}.lora_up.weight": torch.ones(128, 4, 1, 1)}), "is 128 x 4 x 1 x 1, the"),
+    (renamed(MID, "ip_adapter.1.to_k_ip"), "is an adapter to sounds or pictures, not a LoRA; give it with"),
+], ids=["renamed", "XL", "PEFT", "Flux", "LoHa", "DoRA", "half", "SD 1.5", "rank", "convolution", "adapter"])
+def test_a_lora_that_is_not_for_this_base_model_is_refused(change, says, tmp_path):
+    with pytest.raises(UserError, match=says) as error:
+        check_lora(str(altered_lora(tmp_path / "mine.safetensors", change)), BASE)
+    said = str(error.value)
+    assert said.startswith(f"--lora {tmp_path}/mine.safetensors: ") and "\n" not in said
+
+
+def test_a_lora_of_which_diffusers_takes_a_part_is_refused(adapter, tmp_path, monkeypatch):
+    from diffusers import StableDiffusionPipeline
+    path, _ = write_lora(tmp_path / "mine.safetensors", "peft")
+    load = StableDiffusionPipeline.load_lora_weights
+
+    def in_part(pipe, folder, weight_name=None, **more):
+        from safetensors.torch import load_file
+        if weight_name:
+            folder = {name: one for name, one in load_file(path).items() if "proj_in" not in name}
+        return load(pipe, folder, **{key: one for key, one in more.items() if key == "adapter_name"})
+    monkeypatch.setattr(StableDiffusionPipeline, "load_lora_weights", in_part)
+    with pytest.raises(UserError, match="diffusers took 5 of its 6 layers"):
+        LOAD(BASE, adapter, lora=path)
+
+
+def test_pictures_that_are_judged_are_kept_apart_by_how_they_were_drawn(adapter, tmp_path):
+    import evaluate
+    from clap2diffusion.judging.evaluation import Subject
+    path = write_lora(tmp_path / "mine.safetensors", "peft")[0]
+    nf4 = ["--precision", "bf16", "--frozen-dtype", "nf4"]
+    folders = set()
+    for flags in ([], ["--lora", str(path)], ["--lora", str(path), "--lora-scale", "0.5"], nf4[:2], nf4,
+                  ["--lora", str(LCM)], ["--scheduler", "lcm", "--lora", str(LCM)]):
+        args = evaluate.build_parser().parse_args(["--run", str(adapter), *flags])
+        check_sampling(args)
+        folders.add(Subject(args.run, args).pictures_dir)
+    assert len(folders) == 7
+
+
+@pytest.mark.slow
+def test_compiled_blocks_draw_the_same_picture(draw, sounds, adapter, tmp_path):
+    ok(script("generate.py", "--run", adapter, "--audio", sounds["siren"], "--steps", 3, "--compile", "--out",
+              tmp_path / "compiled.png"))
+    assert apart(read(tmp_path / "compiled.png"), draw(sounds["siren"])) <= 2
+
+
+@pytest.mark.slow
+def test_four_steps_with_the_lcm_lora_are_judged_nearly_as_the_plain_way(tmp_path):
+    """Of the default run, or of the run in CLAP2DIFFUSION_RUN, on 100 held-out sounds."""
+    run = ROOT / os.environ.get("CLAP2DIFFUSION_RUN", "runs/tiny")
+    if not (run / "adapter.safetensors").exists():
+        pytest.skip(f"{run} holds no adapter.safetensors: run bash run_all_stages.sh first")
+    adapter = tmp_path / "adapter.safetensors"  # its evaluation is not the run's
+    adapter.write_bytes((run / "adapter.safetensors").read_bytes())
+    data_root = json.loads((run / "stage3/config.json").read_text())["data_root"]
+    ok(script("evaluate.py", "--run", adapter, "--data-root", data_root, "--quick", "--scheduler", "lcm",
+              "--lora", LCM))
+    found = json.loads((tmp_path / "evaluation.json").read_text())["measures"]
+    assert found["top1_en"]["right"][0] > 0.9 and found["iis_cosine"]["right"][0] > 0.85
 
 
 # --- mixing and modes ---------------------------------------------------------------------------------------
@@ -344,6 +580,8 @@ def test_contradictions_are_refused_in_one_sentence_before_torch_loads(sounds, a
     a, b, photo = sounds["siren"], sounds["rain"], tmp_path / "photo.png"
     Image.new("RGB", (64, 64)).save(photo)
     (tmp_path / "broken.wav").write_text("no sound")
+    (tmp_path / "broken.safetensors").write_bytes(LCM.read_bytes()[:-1])
+    (tmp_path / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
     cases = [
         ([a, b, "--weights", 1], "got 1 for 2 --audio files"), ([a, b, "--weights", 0, 0], "all are 0"),
         ([a, b, "--weights", 1, -1], "at least 0"),
@@ -364,6 +602,16 @@ def test_contradictions_are_refused_in_one_sentence_before_torch_loads(sounds, a
         ([tmp_path / "broken.wav"], "broken.wav: not a sound"),
         ([a, "--negative-audio", tmp_path / "no.wav"], "--negative-audio"),
         ([a, "--out", "out.jpg"], "ends in .png"),
+        ([a, "--frozen-dtype", "nf4"], "--frozen-dtype nf4 needs --precision bf16"),
+        ([a, "--lora-scale", 1], "--lora-scale is for --lora"),
+        ([a, "--scheduler", "lcm", "--steps", 51], "--scheduler lcm takes at most 50"),
+        ([a, "--scheduler", "lcm", "--negative-audio", b], "give --guidance, such as 1.5"),
+        ([a, "--attention-map", "--compile"], "leave one out"),
+        ([a, "--lora", tmp_path / "no.safetensors"], "no.safetensors: is not a file"),
+        ([a, "--lora", tmp_path / "broken.wav"], "ends in .safetensors"),
+        ([a, "--lora", tmp_path / "broken.safetensors"], "is not a whole file of weights"),
+        ([a, "--lora", tmp_path / "pointer.safetensors"], "is a pointer of Git LFS"),
+        ([a, "--lora", adapter], "not a LoRA; give it with --run"),
     ]
     code = """if True:
         import json, sys, generate

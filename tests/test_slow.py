@@ -50,7 +50,7 @@ def test_ablations_run_small(tmp_path):
     assert float(variants[0][9].split("<br>")[1].split(" ")[0]) != 0
 
 
-@pytest.mark.parametrize("name, tables", [("run", 10), ("gpu", 5)])
+@pytest.mark.parametrize("name, tables", [("run", 11), ("gpu", 5)])
 def test_benchmarks_run_small(name, tables):
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = ok(subprocess.run(["bash", f"bench/{name}.sh", "--smoke"], cwd=ROOT,
@@ -89,3 +89,13 @@ def test_sd15_config_fits_the_real_shapes(name, sd15, world, tmp_path):
     assert shapes["ip_adapter.1.to_k_ip.weight"] == [320, 768]
     assert sum("to_q_lora.down" in key for key in shapes) == 32
     assert shapes["ip_adapter.0.to_q_lora.down.weight"] == [8, 320]
+
+
+def test_every_export_predicts_the_same_on_the_real_shapes(sd15, tmp_path):
+    command = [sys.executable, "bench/sharing.py", "--sd15", "--models", str(sd15)]
+    ok(subprocess.run(command, cwd=ROOT, env={**os.environ, "BENCH_RESULTS": str(tmp_path)},
+                      capture_output=True, text=True))
+    [path] = tmp_path.glob("sharing-sd15-*.json")
+    *same, without = json.loads(path.read_text())["rows"]
+    assert len(same) == 6 and all(float(row["largest difference"]) < 1e-4 for row in same), same
+    assert float(without["largest difference"]) > 0.01

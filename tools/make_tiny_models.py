@@ -410,7 +410,8 @@ def measure(out: Path, args: argparse.Namespace, seconds: dict) -> dict:
             "judge": {"n": len(single), **right_shares(judge.images(seen), judge.captions, truth),
                       "pairs_n": len(pairs), "pairs_both_found": both_found(judge, both, pairs)},
             "parameters": {name: model.num_parameters() for name, model in models.items()},
-            "megabytes": round(sum(p.stat().st_size for p in out.rglob("*.safetensors")) / 1e6, 1),
+            "megabytes": round(sum(p.stat().st_size for part in PARTS
+                                   for p in (out / part).rglob("*.safetensors")) / 1e6, 1),
             "seconds": seconds, "seed": args.seed,
             "settings": {k: v for k, v in vars(args).items() if k not in ("out", "only", "threads")}}
 

@@ -69,7 +69,7 @@ def hold_unet(unet: nn.Module, cfg) -> None:
     """Hold and run the frozen UNet as --frozen-dtype nf4, --checkpointing, --channels-last and --compile ask.
     After the audio K and V were copied from it and before LoRA comes on top (QLoRA, Dettmers et al. 2023)."""
     if cfg.frozen_dtype == "nf4":
-        _to_nf4(unet)
+        to_nf4(unet)
     if cfg.checkpointing != "none":
         unet.enable_gradient_checkpointing()  # never the reentrant kind
         for block in [unet.mid_block, *unet.up_blocks] if cfg.checkpointing == "down" else ():
@@ -81,7 +81,7 @@ def hold_unet(unet: nn.Module, cfg) -> None:
         unet.compile()
 
 
-def _to_nf4(unet: nn.Module) -> None:
+def to_nf4(unet: nn.Module) -> None:
     """Replace the linear layers of the attention blocks by bitsandbytes' Linear4bit with the same weights."""
     import bitsandbytes
     linears = {name: module for name, module in unet.named_modules()

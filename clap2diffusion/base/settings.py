@@ -20,9 +20,13 @@ from clap2diffusion.base.exits import UserError
 from clap2diffusion.base.files import read_json
 
 SECTIONS = ("common", "stage1", "stage2", "stage3")
-GUIDANCE = 3.0  # classifier-free guidance of pictures where none is asked for
+# of pictures where none are asked for: classifier-free guidance and sampling steps. What is distilled for LCM
+# has learned guidance: arXiv 2311.05556 draws with 1 (none, which also halves the work) to 2
+GUIDANCE, LCM_GUIDANCE, STEPS, LCM_STEPS = 3.0, 1.0, 25, 4
+LCM_MOST_STEPS = 50  # LCMScheduler's own limit: the steps of the teacher that it was distilled from
 # diffusers' names of the schedulers that make pictures in few steps; "base" is the base model's own
-SCHEDULERS = {"base": None, "dpm": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}
+SCHEDULERS = {"base": None, "dpm": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler",
+              "ddim": "DDIMScheduler", "lcm": "LCMScheduler"}
 # what may change between a checkpoint and its resumption: it concerns places, logs and memory alone. Models
 # may lie elsewhere: their fingerprints and the features' content are compared.
 FREE_SETTINGS = {"run", "name", "workers", "log_every", "save_every", "keep", "log_dir", "device", "fresh",
@@ -247,6 +251,46 @@ def rank_growth(cfg: argparse.Namespace) -> dict[int, int]:
                         f"rise, from step 0 to rank {rank} (--lora-rank), such as 0 {max(1, rank // 2)} 1000 "
                         f"{rank}")
     return dict(zip(steps, ranks))
+
+
+def sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of generate.py and evaluate.py that say in how many steps and bits pictures are drawn."""
+    add = parser.add_argument_group("steps and bits").add_argument
+    add("--steps", type=Number(int, 1, 1000),
+        help=f"sampling steps (default: {STEPS}; with --scheduler lcm {LCM_STEPS})")
+    add("--scheduler", choices=[*SCHEDULERS], default="base",
+        help="base = the base model's own; dpm, unipc: made for few steps, such as --steps 8; lcm: for 4 "
+        "steps without guidance, with an LCM LoRA as --lora; ddim: what Hyper-SD's LoRAs ask for, with "
+        "--guidance 1 (default: base)")
+    add("--lora", default="", metavar="FILE",
+        help="a LoRA for the base model beside the adapter, such as an LCM LoRA: safetensors, with "
+        "diffusers' or kohya's names ('' = none)")
+    add("--lora-scale", type=Number(float, 0, 10), metavar="X", help="strength of --lora (default: 1)")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="type the models are held and run in")
+    add("--frozen-dtype", choices=("nf4",), default="",
+        help="nf4 = the UNet's attention blocks in 4 bits, with --precision bf16 (default: as --precision)")
+    add("--compile", action="store_true",
+        help="torch.compile the UNet's transformer blocks (the first picture takes up to a minute longer)")
+
+
+def check_sampling(args: argparse.Namespace) -> None:
+    """Fill in the defaults of sampling_flags() and of guidance that depend on other flags.
+    Raises UserError: flags that contradict each other."""
+    lcm = args.scheduler == "lcm"
+    if args.frozen_dtype and args.precision == "fp32":
+        raise UserError(f"--frozen-dtype {args.frozen_dtype} needs --precision bf16: a UNet held in fewer "
+                        "bits cannot compute in float32")
+    if args.lora_scale is not None and not args.lora:
+        raise UserError("--lora-scale is for --lora; give one or leave it out")
+    if lcm and (args.steps or 0) > LCM_MOST_STEPS:
+        raise UserError(f"--steps {args.steps}: --scheduler lcm takes at most {LCM_MOST_STEPS}; give fewer, "
+                        f"such as {LCM_STEPS}, or another --scheduler")
+    if args.steps is None:
+        args.steps = LCM_STEPS if lcm else STEPS
+    if args.guidance is None:
+        args.guidance = LCM_GUIDANCE if lcm else GUIDANCE
+    if args.lora_scale is None:
+        args.lora_scale = 1.0
 
 
 def common_flags(parser: argparse.ArgumentParser, stage: str) -> None:

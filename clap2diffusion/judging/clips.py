@@ -15,7 +15,7 @@ from clap2diffusion.dataset.decoding import BadFile, load_picture, read_windows
 from clap2diffusion.dataset.manifest import Row, usable_rows
 from clap2diffusion.judging.equal_weights import check_against
 from clap2diffusion.judging.history import History
-from clap2diffusion.pictures.inputs import adapter_facts, find_adapter
+from clap2diffusion.pictures.inputs import adapter_facts, check_distilled, find_adapter
 
 STAGES = ("stage1", "stage2", "stage3")
 FEW = 50  # clips; below it a share of one half is known to no better than +- 0.14
@@ -42,7 +42,10 @@ def check_run(args: argparse.Namespace) -> bool:
     if not args.judge and not reported:
         check_finished(run)
     adapter_path = find_adapter(args.run)
-    adapter_facts(adapter_path)
+    facts = adapter_facts(adapter_path)
+    if args.lora or args.scheduler == "lcm":
+        base = hub.find_trained(args.base_model, facts["base_model"], "base model", adapter_path)
+        check_distilled(args, base)
     if args.judge:
         find_data(args, adapter_path)
         if args.against:

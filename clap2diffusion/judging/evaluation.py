@@ -38,13 +38,14 @@ from clap2diffusion.judging.page import SOUNDS, TEMPLATES, TEXTS
 from clap2diffusion.judging.report import git_commit
 from clap2diffusion.pictures.generation import embed, load_clap, mix
 from clap2diffusion.pictures.inputs import adapter_facts, find_adapter, scale_of_gate
-from clap2diffusion.pictures.pipelines import load_stock_pipeline, pictures
+from clap2diffusion.pictures.pipelines import load_stock_pipeline, pictures, sampling
 from clap2diffusion.pictures.sheets import write_png
 from common import other_sounds
 
 MIXES, DIVERSITY_SEEDS, MIN_DIVERSITY, SWEEP_CLIPS = 10, 8, 0.5, 100
 GATES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 SETTINGS = ("guidance", "steps", "scheduler", "seed", "gate", "noise", "precision", "clips")
+ASKED = ("lora", "lora_scale", "frozen_dtype", "compile")  # written down where they are used
 TRAINED = ("stage", "step", "base_model", "clap_model", "tanh_gate")
 
 
@@ -60,6 +61,10 @@ class Subject:
         key = {name: getattr(args, name) for name in ("steps", "precision", "base_model", "noise")}
         if args.scheduler != "base":
             key["scheduler"] = args.scheduler
+        if args.lora:
+            key["lora"] = hashlib.sha256(Path(args.lora).read_bytes()).hexdigest(), args.lora_scale
+        if args.frozen_dtype:
+            key["frozen_dtype"] = args.frozen_dtype
         key["adapter"] = hashlib.sha256(self.adapter_path.read_bytes()).hexdigest()
         key = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
         self.pictures_dir = self.folder / "evaluation" / key
@@ -72,7 +77,7 @@ class Subject:
         self.encoder = load_clap(args.clap_model, self.facts, self.adapter_path)
         self.audio_embeds = self.hear(clips)  # (n, E)
         dtype = DTYPES[args.precision]
-        self.pipe = load_stock_pipeline(base, self.adapter_path, device, dtype, args.scheduler)
+        self.pipe = load_stock_pipeline(base, self.adapter_path, device, dtype, **sampling(args))
         if args.noise:  # layer-normalised noise in place of audio_tokens (B, N, D): no sound at all
             generator = torch.Generator().manual_seed(args.seed)
             self.pipe.unet.encoder_hid_proj.image_projection_layers[0].register_forward_hook(
@@ -438,7 +443,9 @@ def evaluate_run(args: argparse.Namespace, world) -> None:
         "format": 2, "run": args.run, "adapter": str(subject.adapter_path), "data_root": str(data_root),
         "split": args.split, "n": len(clips.rows), "n_single": len(clips.single), "n_pairs": len(clips.pairs),
         "labelled": clips.labelled, "quick": args.quick, "trained": {key: facts[key] for key in TRAINED},
-        "settings": {key: getattr(args, key) for key in SETTINGS},
+        "settings": {key: getattr(args, key) for key in SETTINGS} | {
+            key: getattr(args, key) for key in ASKED
+            if getattr(args, key) and (args.lora or "lora" not in key)},
         "judge": {"name": args.judge, "accuracy": accuracy, "n": len(clips.single)}, **found,
         "guidance_sweep": sweep,
         "warnings": [*unproven(subject), *remarks, *warnings_of(found["diversity"])],

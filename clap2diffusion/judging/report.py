@@ -58,7 +58,8 @@ def make_sheet(stages: list[Stage], args: argparse.Namespace) -> Image.Image:
     dtype = DTYPES[settings["precision"]] if device.type == "cuda" else torch.float32
     base = hub.find_trained(args.base_model, settings["base_model"], "base model", adapter_path)
     for stage in stages:
-        pipe = load_stock_pipeline(base, find_adapter(str(stage.folder)), device, dtype)
+        pipe = load_stock_pipeline(base, find_adapter(str(stage.folder)), device, dtype,
+                                   scheduler=args.scheduler, lora=args.lora, lora_scale=args.lora_scale)
         silence = [torch.zeros_like(audio_embeds)] if stage is stages[-1] else []
         for embeds in (audio_embeds, *silence):
             for at in range(0, len(rows), args.batch_size):

@@ -21,7 +21,7 @@ from clap2diffusion.dataset.captions import cut_texts
 from clap2diffusion.dataset.decoding import SILENT_PEAK, decode_audio
 from clap2diffusion.dataset.encoders import CLAPAudioEncoder
 from clap2diffusion.pictures import heat_maps, inputs
-from clap2diffusion.pictures.pipelines import load_stock_pipeline, pictures
+from clap2diffusion.pictures.pipelines import load_stock_pipeline, pictures, sampling
 from clap2diffusion.pictures.sheets import tile, write_png
 
 
@@ -49,7 +49,11 @@ def hear(encoder: CLAPAudioEncoder, path: str, start_s: float = 0.0) -> np.ndarr
 
 def embed(encoder: CLAPAudioEncoder, path: str, start_s: float = 0.0) -> Tensor:
     """audio_embeds (1, E) of such a window; zeros, the null audio, if it is silent. Raises UserError."""
-    waveform = hear(encoder, path, start_s)
+    return embed_heard(encoder, hear(encoder, path, start_s))
+
+
+def embed_heard(encoder: CLAPAudioEncoder, waveform: np.ndarray | None) -> Tensor:
+    """audio_embeds (1, E) of what hear() gave."""
     return torch.zeros(1, encoder.embed_dim) if waveform is None else encoder([waveform])
 
 
@@ -102,7 +106,7 @@ def generate(args: argparse.Namespace, request: argparse.Namespace) -> None:
     for cut in cut_texts([args.prompt], request.base).values():
         print(f"--prompt: {cut}", flush=True)
     pair = None if args.guidance_text is None else (args.guidance_text, args.guidance_audio)
-    pipe = load_stock_pipeline(request.base, adapter_path, device, DTYPES[args.precision], args.scheduler)
+    pipe = load_stock_pipeline(request.base, adapter_path, device, DTYPES[args.precision], **sampling(args))
     count = f"{len(notes)} pictures" if len(notes) > 1 else "picture"
     pipe.set_progress_bar_config(**bar_options(desc=count, unit="step", leave=False))
     images, maps = draw(args, pipe, audio_embeds, [note["seed"] for note in notes], size=request.size,

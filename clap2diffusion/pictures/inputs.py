@@ -12,6 +12,7 @@ from clap2diffusion.base import files, hub
 from clap2diffusion.base.exits import UserError
 from clap2diffusion.base.tensor_file import digest
 from clap2diffusion.dataset.decoding import BadFile, load_image, open_audio
+from clap2diffusion.pictures.loras import check_lora
 
 LONGEST_NAME = 200  # bytes; file systems take 255, and a picture's number or "-attention" may follow
 
@@ -45,6 +46,16 @@ def adapter_facts(path: Path) -> dict:
                         "adapter.safetensors that a stage has written") from None
 
 
+def find_base(given: str, facts: dict, adapter_path: Path) -> Path:
+    """The base model for an adapter. Raises UserError: there is none, or its width is not the adapter's."""
+    base = hub.find_trained(given, facts["base_model"], "base model", adapter_path)
+    width = files.read_json(base / "unet/config.json").get("cross_attention_dim")
+    if width != facts["dims"]["width"]:
+        raise UserError(f"{base}: its cross-attention is {width} wide, {adapter_path} expects "
+                        f"{facts['dims']['width']}; give a base model of the kind it was trained with")
+    return base
+
+
 def scale_of_gate(gate: float, facts: dict, adapter_path: Path) -> float:
     """The IP-Adapter scale that turns the learned tanh(gate), which is folded into V, into `gate`.
     Raises UserError: the learned one is 0, so there is nothing to scale."""
@@ -57,7 +68,7 @@ def scale_of_gate(gate: float, facts: dict, adapter_path: Path) -> float:
 def check_request(args: argparse.Namespace, most_pictures: int) -> argparse.Namespace:
     """Look at --out, the sounds, the adapter, --init-image and the models, in this order. Returns the
     paths `out`, `adapter_path` and `base`, the adapter's `facts`, `audio_scale`, `size` in pixels, and
-    `init_image` (3, size, size) in [-1, 1] or None.
+    `init_image` (3, size, size) in [-1, 1] or None. The last one looked at is --lora.
     Raises UserError: the first that is missing or cannot be used, or a storyboard above most_pictures."""
     out = Path(args.out)
     if out.suffix.lower() != ".png":
@@ -83,14 +94,29 @@ def check_request(args: argparse.Namespace, most_pictures: int) -> argparse.Name
     size = args.size or facts["image_size"]
     with usable(f"--init-image {args.init_image}", "picture"):
         init_image = load_image(args.init_image, size) if args.init_image else None
-    base = hub.find_trained(args.base_model, facts["base_model"], "base model", path)
-    hub.find_trained(args.clap_model, facts["clap_model"], "CLAP model", path)
-    width = files.read_json(base / "unet/config.json").get("cross_attention_dim")
-    if width != facts["dims"]["width"]:
-        raise UserError(f"{base}: its cross-attention is {width} wide, {path} expects "
-                        f"{facts['dims']['width']}; give a base model of the kind it was trained with")
+    base = check_models(args, facts, path)
+    check_distilled(args, base)
     return argparse.Namespace(out=out, adapter_path=path, facts=facts, audio_scale=scale, size=size,
                               init_image=init_image, base=base)
+
+
+def check_models(args: argparse.Namespace, facts: dict, adapter_path: Path) -> Path:
+    """The folder of an adapter's base model; --base-model and --clap-model say where the models lie now.
+    Raises UserError: one is missing or broken, or the base model's text is of another width."""
+    base = find_base(args.base_model, facts, adapter_path)
+    hub.find_trained(args.clap_model, facts["clap_model"], "CLAP model", adapter_path)
+    return base
+
+
+def check_distilled(args: argparse.Namespace, base: Path) -> None:
+    """Look at --lora, and say it where --scheduler lcm is used without what it is made for.
+    Raises UserError."""
+    if args.lora:
+        check_lora(args.lora, base)
+    scheduler = files.read_json(base / "scheduler/scheduler_config.json").get("_class_name")
+    if args.scheduler == "lcm" and not args.lora and scheduler != "LCMScheduler":
+        print("--scheduler lcm without --lora: it is made for a model or a LoRA that was distilled for few "
+              "steps; others draw worse pictures with it", flush=True)
 
 
 def sound_duration(path: str) -> float:

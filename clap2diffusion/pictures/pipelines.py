@@ -6,6 +6,7 @@ the LoRA (all numbers)."""
 
 import json
 import math
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,13 +18,14 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from clap2diffusion.base import files, tensor_file
-from clap2diffusion.base.device import DTYPES, quiet_libraries
+from clap2diffusion.base.device import DTYPES, quiet_libraries, to_nf4
 from clap2diffusion.base.exits import RunFailed
 from clap2diffusion.base.hub import told
 from clap2diffusion.base.models import load_part
 from clap2diffusion.base.settings import GUIDANCE, SCHEDULERS
 from clap2diffusion.base.statistics import stratified
 from clap2diffusion.dataset.captions import text_limit
+from clap2diffusion.pictures.loras import add_lora
 from clap2diffusion.pictures.sheets import tile
 
 MOST_DIFFERENCE = 1e-4  # of stock diffusers' prediction from ours
@@ -51,14 +53,32 @@ def load_base_pipeline(base_dir: Path, dtype=torch.float32, **parts):
 
 
 def load_stock_pipeline(base_dir: Path, adapter_path: Path, device: str = "cpu", dtype=torch.float32,
-                        scheduler: str = "base", **parts):
+                        scheduler: str = "base", lora: str | Path | None = None, lora_scale: float = 1.0,
+                        frozen_dtype: str = "", compile: bool = False, **parts):
     """diffusers' StableDiffusionPipeline with the exported file; `parts` replace its own. scheduler: the base
-    model's own, or one of SCHEDULERS for few steps (DPM-Solver++, Lu et al. 2022; UniPC, Zhao et al. 2023),
-    on the base model's noise schedule."""
+    model's own, or one of SCHEDULERS for few steps (DPM-Solver++, Lu et al. 2022; UniPC, Zhao et al. 2023;
+    LCM, Luo et al. 2023), on the base model's noise schedule. lora: a file that check_lora() has passed,
+    which acts beside the adapter's own LoRA, times lora_scale. frozen_dtype: "nf4" holds the UNet's attention
+    blocks in 4 bits, with dtype bfloat16. compile: the transformer blocks are compiled at the first picture.
+    Raises UserError: a model or the LoRA cannot be used."""
     pipe = load_base_pipeline(base_dir, dtype, **parts)
+    if frozen_dtype == "nf4":  # before the adapter and LoRA, which stay in `dtype`, as in training
+        to_nf4(pipe.unet)
     pipe.load_ip_adapter(str(adapter_path.parent), "", adapter_path.name, image_encoder_folder=None)
+    if lora:
+        add_lora(pipe, Path(lora), lora_scale)
     set_scheduler(pipe, scheduler)
-    return pipe.to(device)
+    pipe.to(device)
+    if compile:  # not the whole UNet: listening() hooks it anew for every call
+        torch._dynamo.config.recompile_limit = 64  # one for each width, size and batch; the rest would not be
+        pipe.unet.compile_repeated_blocks()
+    return pipe
+
+
+def sampling(args) -> dict:
+    """The arguments of load_stock_pipeline() that sampling_flags() ask for, but for device and type."""
+    return {name: getattr(args, name) for name in ("scheduler", "lora", "lora_scale", "frozen_dtype",
+                                                   "compile")}
 
 
 def set_scheduler(pipe, name: str) -> None:
@@ -253,14 +273,20 @@ def listening(unet: nn.Module, audio_embeds: Tensor, guided: bool, negative_embe
 def pictures(pipe, audio_embeds: Tensor, prompts: list[str], guidance: float, steps: int, seeds: list[int],
              audio_scale: float = 1.0, size: int | None = None, negative_embeds: Tensor | None = None,
              guidance_pair: tuple[float, float] | None = None, init_image: np.ndarray | None = None,
-             strength: float = 0.6) -> list:
+             strength: float = 0.6, each_step: Callable[[int], None] | None = None) -> list:
     """Pictures (PIL) from audio_embeds (B, E), one a sound, by the stock pipeline. Zeros are the null audio.
     negative_embeds (1 or B, E): what the unconditional half hears instead of the null audio.
     guidance_pair (T, A): guidance of text and of sound apart, instead of `guidance`; see listening().
-    init_image (3, size, size) in [-1, 1]: begin with it, noised by `strength`, image to image."""
+    init_image (3, size, size) in [-1, 1]: begin with it, noised by `strength`, image to image.
+    each_step(n): called after step n, from 1; what it raises ends the drawing."""
     pipe.set_ip_adapter_scale(audio_scale)
     call = {"guidance_scale": 2.0 if guidance_pair else guidance, "num_inference_steps": steps,
             "generator": [torch.Generator().manual_seed(seed) for seed in seeds]}
+    if each_step:
+        def after(_pipe, step: int, _timestep, tensors: dict) -> dict:
+            each_step(step + 1)
+            return tensors
+        call["callback_on_step_end"] = after
     if init_image is None:
         call |= {"height": size, "width": size}
     else:
