@@ -1,25 +1,29 @@
-# Sourced by run_all_stages.sh and run_tests.sh: sets PYTHON to a Python that has everything in requirements.txt.
-# An environment that has it already is used as it is; otherwise .venv is made here and filled.
-# By itself, bash setup_env.sh, it does the same and says how to use that Python.
+# Sourced by run_all_stages.sh, run_demo.sh and run_tests.sh: sets PYTHON to a Python that has everything in the files
+# of REQUIREMENTS. An environment that has it already is used as it is; otherwise .venv is made here, or gets what it
+# lacks. Files in ALSO go into a .venv that is made now; an environment without them is good enough.
+# By itself, bash setup_env.sh, it does this for requirements.txt and says how to use that Python.
 cd "$(dirname "${BASH_SOURCE[0]}")" || exit
+[ -n "${REQUIREMENTS-}" ] || REQUIREMENTS=(requirements.txt)
+[ -n "${ALSO-}" ] || ALSO=()
 
-satisfied() {  # does this Python have every package of requirements.txt in an accepted version?
-    "$1" - requirements.txt >/dev/null 2>&1 <<'PY'
+satisfied() {  # PYTHON FILE...: does it have every package of these files in an accepted version?
+    "$1" - "${@:2}" >/dev/null 2>&1 <<'PY'
 import sys
 from importlib.metadata import version
 from pip._vendor.packaging.requirements import Requirement
 assert sys.version_info >= (3, 11)
-for line in open(sys.argv[1]):
-    if text := line.split("#")[0].strip():
-        wanted = Requirement(text)
-        assert wanted.specifier.contains(version(wanted.name)), wanted
+for path in sys.argv[1:]:
+    for line in open(path):
+        if text := line.split("#")[0].strip():
+            wanted = Requirement(text)
+            assert wanted.specifier.contains(version(wanted.name)), wanted
 PY
 }
 
 find_python() {
     local candidate
     for candidate in .venv/bin/python python3 python; do
-        if command -v "$candidate" >/dev/null && satisfied "$candidate"; then
+        if command -v "$candidate" >/dev/null && satisfied "$candidate" "${REQUIREMENTS[@]}"; then
             PYTHON=$candidate
             return
         fi
@@ -37,29 +41,49 @@ find_python() {
 }
 
 child=
+end_setup() {  # pip in the background ignores SIGINT
+    child=${child:-$(jobs -pr)}  # a signal may come between its start and the note of its number
+    [ -z "$child" ] || { kill "$child"; wait "$child"; } 2>/dev/null || true
+    exit "$1"
+}
+if [ -z "$(trap -p TERM)" ]; then  # run_all_stages.sh hands its signals on by itself
+    trap 'end_setup 143' TERM
+    trap 'end_setup 130' INT
+    trap 'end_setup 129' HUP
+fi
+
 run() {  # in the background, since bash only runs a trap between foreground commands
+    local code=0
     "$@" &
     child=$!
-    wait "$child"
+    wait "$child" || code=$?
     child=
+    return "$code"
 }
 
-make_venv() {
-    echo "setting up .venv with requirements.txt (once)"
-    run "$1" -m venv .venv
-    PYTHON=.venv/bin/python
+make_venv() {  # with this Python, if there is none or it was left half-made
     local torch="torch==2.13.0"  # the version everything was run with; requirements.txt accepts others
-    if ! nvidia-smi >/dev/null 2>&1; then  # the CPU build is ten times smaller; without it, whatever pip finds
-        run "$PYTHON" -m pip install --quiet --disable-pip-version-check --timeout 10 --retries 0 "$torch" \
-            --index-url https://download.pytorch.org/whl/cpu >/dev/null 2>&1 || true
+    local files=("${REQUIREMENTS[@]}") wanted=() file
+    PYTHON=.venv/bin/python
+    if "$PYTHON" -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        echo "setting up .venv with what it lacks of ${files[*]} (once)"
+    else
+        files+=(${ALSO[@]+"${ALSO[@]}"})
+        echo "setting up .venv with ${files[*]} (once)"
+        run "$1" -m venv .venv
     fi
-    for wanted in "$torch" "-r requirements.txt"; do
-        # shellcheck disable=SC2086
-        run "$PYTHON" -m pip install --quiet --disable-pip-version-check $wanted || {
-            echo "error: pip could not install $wanted into .venv (its own words are above); mend that and run the same command again" >&2
-            exit 1
-        }
-    done
+    if ! satisfied "$PYTHON" requirements.txt; then
+        wanted=("$torch")
+        if ! nvidia-smi >/dev/null 2>&1; then  # the CPU build is ten times smaller; without it, whatever pip finds
+            run "$PYTHON" -m pip install --quiet --disable-pip-version-check --timeout 10 --retries 0 "$torch" \
+                --index-url https://download.pytorch.org/whl/cpu >/dev/null 2>&1 || true
+        fi
+    fi
+    for file in "${files[@]}"; do wanted+=(-r "$file"); done
+    run "$PYTHON" -m pip install --quiet --disable-pip-version-check "${wanted[@]}" || {
+        echo "error: pip could not install ${wanted[*]} into .venv (its own words are above); mend that and run the same command again" >&2
+        exit 1
+    }
 }
 
 find_python

@@ -2,7 +2,7 @@
 # Every benchmark that a CPU can do, one after another, into bench/results/ (about two and a half hours on two cores; leave the machine
 # alone meanwhile). The tables of docs/ are made from them.
 #
-#   bash bench/run.sh                  # the few-step table needs the default run: bash run_all_stages.sh
+#   bash bench/run.sh                  # the table of ways needs the default run: bash run_all_stages.sh
 #   bash bench/run.sh --smoke          # everything small, keeps no result
 #   SD15=/tmp/sd15 bash bench/run.sh   # keeps the models of SD 1.5's shapes there (5 GB)
 #   PUBLISHED=train_text_to_image_lora.py PUBLISHED_PYTHON=.venv-published/bin/python bash bench/run.sh
@@ -23,6 +23,7 @@ if [ "${1-}" = "--smoke" ]; then
     "$PYTHON" bench/videos.py --clips 20 --seconds 2 --side 64 --repeats 1
     "$PYTHON" bench/startup.py --repeats 1
     "$PYTHON" bench/generation.py --only time --steps 2 --repeats 1
+    "$PYTHON" bench/sharing.py
     "$PYTHON" bench/kill_sweep.py --kills 4
     "$PYTHON" bench/long_run.py --steps 100
     exit
@@ -43,9 +44,12 @@ sd15="--sd15 --models ${SD15:-$work/sd15}"
     "nf4, 8-bit, checkpointing all"
 "$PYTHON" bench/generation.py --only time
 if [ -e runs/tiny/adapter.safetensors ]; then
-    "$PYTHON" bench/generation.py --only quality
+    "$PYTHON" bench/generation.py --only ways
+    "$PYTHON" bench/sharing.py --run runs/tiny ${SD_SCRIPTS:+--sd-scripts "$SD_SCRIPTS"}
+    if "$PYTHON" -c "import gradio" 2>/dev/null; then "$PYTHON" bench/demo.py; fi  # of requirements-demo.txt
 else
-    echo "no default run under runs/tiny: the few-step table is left out; bash run_all_stages.sh makes one (and bench/generation.py the table)"
+    echo "no default run under runs/tiny: the table of ways is left out; bash run_all_stages.sh makes one (and bench/generation.py the table)"
 fi
+"$PYTHON" bench/sharing.py $sd15 ${SD_SCRIPTS:+--sd-scripts "$SD_SCRIPTS"}
 "$PYTHON" bench/kill_sweep.py
 "$PYTHON" bench/long_run.py

@@ -31,9 +31,9 @@ ROOT = Path(__file__).resolve().parent.parent
 BASE, CLAP, JUDGE = (ROOT / "assets/tiny" / name for name in ("base", "clap", "judge"))
 ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
 LONG_FIRST = [f"test_{name}.py" for name in (
-    "readme", "evaluate", "faults_signals", "stages", "faults_runs", "verdict", "faults_data", "golden",
-    "ablations", "terminals", "parallel", "stock", "page", "hub", "faults_config", "manifest", "generate",
-    "memory", "probe", "before")]
+    "readme", "evaluate", "faults_signals", "stages", "faults_runs", "verdict", "faults_data",
+    "demo_browser", "golden", "ablations", "terminals", "parallel", "stock", "page", "hub", "faults_config",
+    "manifest", "generate", "memory", "probe", "before", "sharing", "demo", "watching")]
 PATIENCE_S = 600  # a condition that a test waits for comes within it, on a busy machine too
 for signum in (signal.SIGHUP, signal.SIGINT):  # nohup, or an & in a script, has them ignored
     if signal.getsignal(signum) == signal.SIG_IGN:

@@ -49,8 +49,7 @@ def copy(tmp_path_factory):
     for name, old, new in (("prepare_data.py", "default=4800", "default=40"),
                            ("prepare_data.py", "default=100", "default=10"),
                            ("prepare_data.py", "default=300", "default=10"),
-                           ("evaluate.py", "default=25", "default=2"),
-                           ("generate.py", "default=25", "default=2"),
+                           ("clap2diffusion/base/settings.py", " = 3.0, 1.0, 25, 4", " = 3.0, 1.0, 2, 2"),
                            ("clap2diffusion/judging/evaluation.py", "SWEEP_CLIPS = 10,", "SWEEP_CLIPS = 2,")):
         content = (place / name).read_text()
         assert content.count(old) == 1, f"{name} no longer says {old}"
@@ -126,6 +125,8 @@ def test_command(command, copy):
         command += " --collect-only -q -n 0"  # the tests themselves are running already
     if "tensorboard" in command:
         command += " --inspect"  # it would serve for ever
+    if "run_demo.sh" in command:
+        command += " --help"  # tests/test_demo_browser.py uses the page
     if "ablations/run.py" in command or "bench/" in command:
         pytest.skip("takes long; tests/test_slow.py runs it small")
     done = run(command, copy)

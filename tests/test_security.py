@@ -17,7 +17,7 @@ SOURCES = {path: path.read_text()
            for path in ROOT.glob(pattern)}
 FORBIDDEN = [r"\bpickle\b", r'torch\.load\((?!path, "cpu", weights_only=True)', r"allow_pickle",
              r"\bjoblib\b", r"\bmarshal\b", r"\bshelve\b", r"trust_remote_code", r"(?<![.\w])eval\(",
-             r"(?<![.\w])exec\(", r"os\.system\(", r"shell=True", r"yaml\.load", r"0\.0\.0\.0",
+             r"(?<![.\w])exec\(", r"os\.system\(", r"shell=True", r"yaml\.load", r"[\"']0\.0\.0\.0[\"']",
              r"torch\.save\(", r"_object_list\(|gather_object\("]
 
 

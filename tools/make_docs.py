@@ -28,7 +28,7 @@ from clap2diffusion.world import sound_world as world
 ROOT = Path(__file__).resolve().parents[1]
 # name: (its report, how the block's first line begins, how the line after its last one begins; "" = the end)
 BLOCKS = {**{name: ("tests/faults.py", "", "") for name in ("faults", "faults-data", "faults-pictures",
-                                                                 "faults-videos")},
+                                                                 "faults-videos", "faults-sharing")},
           "stages": ("runs/tiny/report.md", "| after", "| stage |"),
           "quarters": ("runs/tiny/report.md", "| stage |", "| tanh(gate)"),
           "evaluation": ("runs/tiny/evaluation.md", "", "Win rates"),
@@ -44,9 +44,9 @@ BLOCKS = {**{name: ("tests/faults.py", "", "") for name in ("faults", "faults-da
           "probe-tuxpaint": ("bench/results/probe-tuxpaint.md", "", ""),
           **{f"bench-{name}": (f"bench/results/{name}-CPU.md", "", "") for name in (
               "step-tiny", "loop-tiny", "step-sd15", "peer-sd15", "cache-build-tiny", "cache-rows",
-              "startup-tiny", "generation-tiny", "few-steps", "peer-tiny", "memory-sd15-512-1",
+              "startup-tiny", "generation-tiny", "ways", "live", "peer-tiny", "memory-sd15-512-1",
               "memory-sd15-128-1", "memory-tiny-64-8", "kill-sweep", "long-run",
-              "videos-300", "videos-20000")}}
+              "videos-300", "videos-20000", "sharing-tiny", "sharing-sd15", "comfyui-sd15")}}
 PICTURES = {"samples.png": "runs/tiny/samples.png", "sweep.png": "runs/tiny/stage3/sweep.png",
             "tuxpaint.png": "runs/tuxpaint/samples.png"}
 
@@ -63,7 +63,7 @@ def excerpt(report: Path, first: str, after: str) -> str:
 
 def list_faults(block: str) -> str:
     """Cases of the suite of faults and what the user sees, as tests/test_faults_*.py state them: those of
-    pictures, those of videos, those of other data, or all the rest."""
+    pictures, those of videos, those of other data, those of exports, or all the rest."""
     sys.path[:0] = [str(ROOT / "tests")]
     import test_faults_config as config
     import test_faults_data as data
@@ -71,10 +71,12 @@ def list_faults(block: str) -> str:
     import test_faults_runs as runs
     import test_faults_signals as signals
     import test_faults_videos as videos
+    import test_sharing as sharing
     groups = {
         "faults-pictures": {"Pictures": data.PICTURES, "Odd pictures": data.ODD_PICTURES,
                             "Pictures of other kinds": data.OTHER_PICTURES},
         "faults-videos": {"Sounds of videos and of their containers": media.CASES, **videos.GROUPS},
+        "faults-sharing": {"Exports": sharing.CASES},
         "faults-data": {"Sounds": data.SOUNDS, "Sounds of other kinds": data.OTHER_SOUNDS,
                         "Manifests": data.MANIFESTS},
         "faults": {"Configs and flags": config.CONFIGS, "Models": config.MODELS,
