@@ -23,6 +23,7 @@ from clap2diffusion.base.settings import (
     SEED,
     Number,
     check_sampling,
+    model_flags,
     new_parser,
     sampling_flags,
 )
@@ -77,14 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", default="out.png", help="PNG to write (default: out.png)")
 
     sampling_flags(parser)
-    add = parser.add_argument_group("models").add_argument
-    add("--run", default="runs/tiny",
-        help="run or stage folder (its adapter.safetensors), or an adapter file (default: runs/tiny)")
-    add("--base-model", default="",
-        help="another base model for the same adapter ('' = the one it was trained with)")
-    add("--clap-model", default="", help="where the adapter's CLAP lies now ('' = where it was in training)")
+    add = model_flags(parser)
     add("--batch-size", type=Number(int, 1), default=16, help="pictures made at once (default: 16)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto = CUDA if torch sees it")
     return parser
 
 

@@ -11,5 +11,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck disable=SC2034
 ALSO=(requirements-demo.txt requirements-browser.txt)  # where they are missing, the tests of the page skip
 . ./setup_env.sh
-export OMP_NUM_THREADS=1
 exec "$PYTHON" -m pytest -n 2 "$@"

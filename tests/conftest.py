@@ -17,6 +17,7 @@ import threading
 import time
 from contextlib import contextmanager
 from functools import cache
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -184,6 +185,17 @@ esac
             last.sendall(b"{}\n")
             thread.join()
     folder.cleanup()
+
+
+@contextmanager
+def serving(handler):
+    """Inside, requests to the address that is given are a handler's, of http.server."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
 
 
 def logged_steps(log: Path) -> list[dict]:

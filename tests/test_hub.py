@@ -10,10 +10,9 @@ import pickle
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections import OrderedDict
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import diffusers
@@ -22,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import BASE, CLAP, ENV, JUDGE, ROOT, ok, script
+from conftest import BASE, CLAP, ENV, JUDGE, ROOT, ok, script, serving
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -616,13 +615,8 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def local_hub():
     Hub.files, Hub.gated, Hub.asked = {}, set(), []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Hub) as url:
+        yield url
 
 
 def resolve(name: str, what: str, endpoint: str, home: Path) -> subprocess.CompletedProcess:

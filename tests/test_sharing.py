@@ -9,16 +9,15 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from conftest import BASE, CLAP, ENV, ROOT, ok, script
+from conftest import BASE, CLAP, ENV, ROOT, ok, script, serving
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from faults import Case, check, hashes
 from peft import PeftModel
@@ -368,13 +367,8 @@ def pushed(folder: Path, endpoint: str, home: Path, token: str = "hf_right", nam
 @pytest.fixture
 def local_hub():
     Hub.made, Hub.files = [], {}
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Hub) as url:
+        yield url
 
 
 def test_push_uploads_what_was_proved_into_a_private_repository(made, local_hub, tmp_path):

@@ -253,6 +253,19 @@ def rank_growth(cfg: argparse.Namespace) -> dict[int, int]:
     return dict(zip(steps, ranks))
 
 
+def model_flags(parser: argparse.ArgumentParser):
+    """The flags of generate.py and of the page that say which adapter draws, with which models, and where.
+    Gives add_argument of their group."""
+    add = parser.add_argument_group("models").add_argument
+    add("--run", default="runs/tiny",
+        help="run or stage folder (its adapter.safetensors), or an adapter file (default: runs/tiny)")
+    add("--base-model", default="",
+        help="another base model for the same adapter ('' = the one it was trained with)")
+    add("--clap-model", default="", help="where the adapter's CLAP lies now ('' = where it was in training)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto = CUDA if torch sees it")
+    return add
+
+
 def sampling_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of generate.py and evaluate.py that say in how many steps and bits pictures are drawn."""
     add = parser.add_argument_group("steps and bits").add_argument

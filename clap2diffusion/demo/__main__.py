@@ -14,7 +14,7 @@ import sys
 
 from clap2diffusion.base import packages
 from clap2diffusion.base.exits import UserError, run_main
-from clap2diffusion.base.settings import Number, new_parser
+from clap2diffusion.base.settings import Number, model_flags, new_parser
 
 FIRST_PORT, PORTS = 7860, 100
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -22,14 +22,8 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 
 def build_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__, prog="python -m clap2diffusion.demo")
-    add = parser.add_argument_group("models").add_argument
-    add("--run", default="runs/tiny",
-        help="run or stage folder (its adapter.safetensors), or an adapter file (default: runs/tiny)")
-    add("--base-model", default="",
-        help="another base model for the same adapter ('' = the one it was trained with)")
-    add("--clap-model", default="", help="where the adapter's CLAP lies now ('' = where it was in training)")
+    add = model_flags(parser)
     add("--data-root", default="", help="where the run's data lie now: examples ('' = where they were)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto = CUDA if torch sees it")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="type the models are held and run in")
     add = parser.add_argument_group("who can reach the page").add_argument
     add("--host", default="127.0.0.1", metavar="ADDRESS",

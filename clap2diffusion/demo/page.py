@@ -1,7 +1,6 @@
 """What the tabs of the page do, over one Studio. layout.py places their parts."""
 
 import argparse
-import base64
 import shutil
 import tempfile
 import threading
@@ -22,7 +21,7 @@ from clap2diffusion.dataset.decoding import BadFile, decode_audio
 from clap2diffusion.demo.studio import LONGEST_S, STEPS, Stream, Studio
 from clap2diffusion.pictures.generation import embed, embed_heard, embed_mix, hear, slerp, window_starts
 from clap2diffusion.pictures.inputs import usable
-from clap2diffusion.pictures.sheets import png_bytes, spectrogram
+from clap2diffusion.pictures.sheets import data_uri, png_bytes, spectrogram
 
 MOST_PICTURES, MOST_STEPS, MOST_WINDOWS = 8, 12, 60  # of one sound, of an interpolation, of a storyboard
 BOUNDS = {"strength": Number(float, 0, 10), "guidance": Number(float, 1, 100), "seed": SEED,
@@ -217,7 +216,8 @@ class Page:
                     audio_embeds = embed(encoder, sound, start_s)
                     drawn, _ = self.studio.picture(audio_embeds, prompt, seed, each_step=each(i))
                     window = {"start_s": round(start_s, 3), "time": clock(start_s), "number": i + 1,
-                              "picture": data_url(drawn), "silent": not audio_embeds.any().item()}
+                              "picture": data_uri("image/png", png_bytes(drawn)),
+                              "silent": not audio_embeds.any().item()}
                     board = {**board, "windows": [*board["windows"], window]}
                     yield board, message
         except Ended:
@@ -295,10 +295,6 @@ class Page:
 def show(made: list[tuple[Image.Image, Image.Image]], heat_map: bool) -> list[Image.Image]:
     """The pictures, or the same under their heat."""
     return [pair[bool(heat_map)] for pair in made]
-
-
-def data_url(image: Image.Image) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png_bytes(image)).decode()}"
 
 
 def clock(seconds: float) -> str:

@@ -5,7 +5,6 @@ browser to load anything else, so it reads the same from a disk, from a mail or 
 JavaScript. The markup, the texts and the style are in page.html.j2. The templates of the Markdown files,
 evaluation.md.j2 and report.md.j2, share the words that are here."""
 
-import base64
 import io
 import re
 from pathlib import Path
@@ -23,7 +22,7 @@ from clap2diffusion.dataset.decoding import BadFile, load_picture, load_waveform
 from clap2diffusion.engine.gate_sweep import NAMES as SOUNDS
 from clap2diffusion.engine.gate_sweep import draw_sweep
 from clap2diffusion.judging.clips import pick_clips
-from clap2diffusion.pictures.sheets import png_bytes, spectrogram
+from clap2diffusion.pictures.sheets import data_uri, png_bytes, spectrogram
 
 TEXTS = {"en": "English", "ko": "Korean",  # what the judge reads of a class
          "label": "the labels' own words", "caption": "the clips' captions"}
@@ -67,10 +66,6 @@ def verdict(seen: str, label: str, other_label: str = "") -> str:
     sign = ("✓" if seen in (label, *label.split("+")) else
             "↪" if seen in (other_label, *other_label.split("+")) else "✗")
     return f"{sign} {words(seen)}"
-
-
-def data_uri(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def picture(path: str | Path) -> dict[str, str]:

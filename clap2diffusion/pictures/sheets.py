@@ -1,5 +1,6 @@
 """Pictures side by side, a sound as a picture, and PNG files. No torch is needed."""
 
+import base64
 import io
 import json
 import math
@@ -21,6 +22,11 @@ def png_bytes(image, settings: dict | None = None, optimize: bool = False) -> by
         chunk.add_text("clap2diffusion", json.dumps(settings))
     image.save(content, format="PNG", pnginfo=chunk, optimize=optimize)
     return content.getvalue()
+
+
+def data_uri(kind: str, content: bytes) -> str:
+    """A file's content as an address that a page may show; kind: its media type."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def write_png(path: Path, image, settings: dict | None = None) -> None:

@@ -2,7 +2,6 @@
 what the run does not say is called unknown."""
 
 import argparse
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -16,7 +15,7 @@ from clap2diffusion.base.statistics import show_interval
 from clap2diffusion.judging.clips import pick_clips
 from clap2diffusion.judging.history import History
 from clap2diffusion.pictures.sheets import contact_sheet, png_bytes
-from clap2diffusion.sharing import layouts
+from clap2diffusion.sharing import folders, layouts
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
 PLACES = ("run", "data_root", "cache_dir", "log_dir", "init_from")  # folders of this machine
@@ -64,10 +63,8 @@ def pictures(evaluation: dict, folder: Path) -> bytes:
 
 def contact_sheet_of(folder: Path, adapter_path: Path) -> bytes:
     """samples.png, made with this adapter by its stage or by evaluate.py; b'' if there is none."""
-    def digest(path: Path) -> str:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
     copy = folder / layouts.ADAPTER
-    own = copy.is_file() and digest(copy) == digest(adapter_path)
+    own = copy.is_file() and folders.sha256(copy.read_bytes()) == folders.sha256(adapter_path.read_bytes())
     for place in [folder] * own + [adapter_path.parent]:
         if (place / "samples.png").is_file():
             return (place / "samples.png").read_bytes()
