@@ -23,7 +23,8 @@ for flag in "$@"; do
     before=$flag
 done
 if [ ! -e "$run" ]; then  # known before anything is installed
-    echo "error: ${run:-''}: no such run; expected the folder of a trained one; make the default's runs/tiny with" \
+    case $run in /*) where= ;; *) where=" in $PWD" ;; esac
+    echo "error: ${run:-''}: no such run$where; expected the folder of a trained one; make the default's runs/tiny with" \
         "bash run_all_stages.sh (about 11 minutes on two CPU cores), or name yours with --run" >&2
     exit 2
 fi

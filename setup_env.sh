@@ -70,7 +70,11 @@ make_venv() {  # with this Python, if there is none or it was left half-made
     else
         files+=(${ALSO[@]+"${ALSO[@]}"})
         echo "setting up .venv with ${files[*]} (once)"
-        run "$1" -m venv .venv
+        run "$1" -m venv .venv || {
+            echo "error: $PWD/.venv could not be made with $1 (its own words are above); mend that, or put this" \
+                "folder where you may write, and run the same command again" >&2
+            exit 1
+        }
     fi
     if ! satisfied "$PYTHON" requirements.txt; then
         wanted=("$torch")

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import numpy as np
 import pytest
 import soundfile
@@ -23,11 +24,10 @@ from clap2diffusion.base.exits import UserError
 
 pytest.importorskip("gradio", reason="gradio is not installed: pip install -r requirements-demo.txt")
 gradio_client = pytest.importorskip("gradio_client")
-from demo_server import start_demo, stop_demo  # noqa: E402
-
 from clap2diffusion.demo import __main__ as entry  # noqa: E402
 from clap2diffusion.demo import own_data  # noqa: E402
 from clap2diffusion.demo.page import Ended, Page  # noqa: E402
+from tools.browser import serve  # noqa: E402
 
 LINE = "there is no sound yet; upload one, record one, or take an example"
 
@@ -42,16 +42,16 @@ def strong(tmp_path_factory, world) -> Path:
 
 @pytest.fixture(scope="module")
 def demo(strong):
-    process, url = start_demo(strong)
-    yield process, url
-    assert stop_demo(process) == 130
-    said = Path(process.said.name).read_text()
+    """The page's address. Whatever the tests do, there is no traceback in what it says."""
+    with serve(strong, env=ENV, log=strong.parent / "said") as url:
+        yield url
+    said = (strong.parent / "said").read_text()
     assert "Traceback" not in said and said.splitlines()[-1].startswith("stopped by SIGINT: "), said
 
 
 @pytest.fixture(scope="module")
 def client(demo):
-    return gradio_client.Client(demo[1], verbose=False)
+    return gradio_client.Client(demo, verbose=False)
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +62,11 @@ def waves(tmp_path_factory) -> dict[str, Path]:
     found = {"tone": 0.6 * np.sin(2 * np.pi * 900 * t), "noise": noise, "silence": np.zeros(RATE)}
     found["long"] = np.concatenate([found["tone"], noise, found["tone"]])[:11 * RATE]
     paths = {name: write(place / f"{name}.wav", wave) for name, wave in found.items()}
+    soundfile.write(place / "opposed.wav", np.stack([noise, -noise], 1), RATE)
     (place / "text.wav").write_text("no sound " * 99)
     soundfile.write(place / "hours.wav", np.zeros(601 * 8000), 8000, subtype="PCM_U8")
     soundfile.write(place / "minute.wav", np.zeros(60 * 8000), 8000, subtype="PCM_U8")
-    return paths | {name: place / f"{name}.wav" for name in ("text", "hours", "minute")}
+    return paths | {name: place / f"{name}.wav" for name in ("text", "hours", "minute", "opposed")}
 
 
 def sent(path: Path):
@@ -144,7 +145,7 @@ def test_a_long_sound_becomes_a_storyboard(client, strong, waves, tmp_path):
 def test_live_follows_the_sound_alone(demo, waves):
     """The same sound makes the same picture, another one another; silence is no sound."""
     def last(*names: str) -> tuple[np.ndarray, str, str]:
-        session = gradio_client.Client(demo[1], verbose=False)  # a stream of its own
+        session = gradio_client.Client(demo, verbose=False)  # a stream of its own
         for name in names:
             picture, rate, message = session.predict(sent(waves[name]), "", 1, 3, api_name="/live")
         return pixels(picture), rate, message
@@ -165,6 +166,16 @@ def test_live_follows_the_sound_alone(demo, waves):
     ("one_sound", ["silence"], "silence.wav is silent or cancels itself out in mono: the pictures are made"),
     ("one_sound", ["long"], "long.wav: 11.0 s long, of which CLAP hears the first 4 s; the tab Long"),
     ("one_sound", ["tone", "", 1, 3, -1], "seed: got -1, expected a whole number from 0 to 2.14748e+09"),
+    ("one_sound", ["tone", "", 1, 3, 1.5], "seed: got 1.5, expected a whole number"),
+    ("one_sound", ["tone", "", 1, 3, "many"], 'seed: got "many", expected a whole number'),
+    ("one_sound", ["tone", "", None], "strength: is empty; give one"),
+    ("one_sound", ["tone", "", -1], "strength: got -1, expected a number from 0 to 10"),
+    ("one_sound", ["tone", "", 1, 3, 0, 9], "pictures: got 9, expected a whole number from 1 to 8"),
+    ("one_sound", ["tone", "", 1, 3, 0, 1, "no"], 'heat map: got "no", expected true or false'),
+    ("one_sound", ["tone", 5], "prompt: got 5, expected a text"),
+    ("two_sounds", ["tone", "tone", 1.1], "mix: got 1.1, expected a number from 0 to 1"),
+    ("live", ["opposed"], "silence: no sound at all"),
+    ("live", ["tone", "", "x"], 'strength: got "x", expected a number'),
     ("one_sound", ["tone", "a very long prompt " * 40], "the prompt is too long: 362 tokens, of which 32"),
     ("two_sounds", ["tone", None], LINE.replace("no sound", "no second sound")),
     ("two_sounds", ["tone", "silence"], "silence.wav is silent, and nothing lies between a sound"),
@@ -175,14 +186,68 @@ def test_live_follows_the_sound_alone(demo, waves):
     ("long_sound", ["minute", 0.5], "a picture every 0.5 s makes 113 of minute.wav, expected at most 60;"),
 ])
 def test_an_error_is_one_sentence_in_the_message(endpoint, values, says, client, waves):
+    client.reset_session()  # of Live, no sound is left from the test before
     values = [sent(waves[value]) if value in waves else value for value in values]
     message = client.predict(*values, api_name=f"/{endpoint}")[-1]
     assert message.startswith(says) and "/" not in message and len(message.splitlines()) == 1, message
 
 
+def asked(demo: str, data: list, api_name: str = "one_sound") -> str:
+    """What the page answers to a program that writes its own call."""
+    address = f"{demo}/gradio_api/call/{api_name}"
+    event = httpx.post(address, json={"data": data}).json()["event_id"]
+    return httpx.get(f"{address}/{event}", timeout=60).text
+
+
+def as_file(path) -> dict:
+    return {"path": str(path), "meta": {"_type": "gradio.FileData"}}
+
+
+def uploaded(demo: str, path: Path) -> str:
+    with path.open("rb") as file:
+        return httpx.post(f"{demo}/gradio_api/upload", files={"files": (path.name, file)}).json()[0]
+
+
+def test_only_what_was_uploaded_is_read_and_nothing_is_fetched(demo, waves):
+    rest = ["", 1, 4, 0, 1, False]
+    for path in ("/etc/passwd", waves["tone"], "../README.md", "http://192.0.2.7/a.wav", "\0", "x" * 5000):
+        assert "Sound: got a file or address that was not uploaded to" in asked(demo, [as_file(path), *rest])
+    hidden = {"prompt": as_file("http://192.0.2.7/a.wav")}
+    assert "Prompt: got a dict, expected a text" in asked(demo, [None, hidden, *rest[1:]])
+    for value in ("/etc/passwd", 5, [], {"path": "a.wav", "more": as_file("http://192.0.2.7/a.wav")}):
+        assert "Sound: got no file; with gradio_client" in asked(demo, [value, *rest])
+    assert "got 0 values, expected 7; " in asked(demo, [])
+    path = uploaded(demo, waves["noise"])
+    Path(path).unlink()  # as an hour later
+    said = asked(demo, [as_file(path), *rest])
+    assert "Sound: the file is gone, since the page keeps files for an hour; give it again" in said
+
+
+def test_a_fifth_microphone_is_heard_at_once(demo, waves):
+    """A microphone holds its place for as long as it is on, so their number must have no limit."""
+    events = httpx.get(f"{demo}/config").json()["dependencies"]
+    [event] = [one["id"] for one in events if any(name == "stream" for _, name in one["targets"])]
+    piece = as_file(uploaded(demo, waves["tone"]))
+    for session in map(str, range(6)):
+        call = {"fn_index": event, "data": [piece, None], "session_hash": session}
+        assert httpx.post(f"{demo}/gradio_api/queue/join", json=call).is_success
+        with httpx.stream("GET", f"{demo}/gradio_api/queue/data", params={"session_hash": session},
+                          timeout=10) as said:
+            assert any("process_streaming" in line for line in said.iter_lines()), session
+
+
+def test_a_field_that_is_emptied_is_no_error(demo):
+    """The list of the run's own clips, as the browser sends it."""
+    config = httpx.get(f"{demo}/config").json()
+    [own] = [one["id"] for one in config["components"] if one["props"].get("elem_id") == "one-own"]
+    [event] = [one["id"] for one in config["dependencies"] if [own, "input"] in one["targets"]]
+    call = {"fn_index": event, "data": [None], "session_hash": "own"}
+    assert httpx.post(f"{demo}/gradio_api/run/predict", json=call).json()["data"] == [None]
+
+
 def test_a_session_that_stops_frees_the_queue(demo, client, waves):
     """gradio_client's cancel, as closing the page or Stop: eight pictures are not drawn to the end."""
-    other = gradio_client.Client(demo[1], verbose=False)
+    other = gradio_client.Client(demo, verbose=False)
     job = other.submit(sent(waves["tone"]), "", 1, 3, 0, 8, False, api_name="/one_sound")
     wait_for(lambda: any(one[0] for one in job.outputs()), "the first picture")
     job.cancel()
@@ -244,6 +309,22 @@ def test_wrong_flags_are_one_sentence(strong, tmp_path, monkeypatch):
     monkeypatch.setattr(entry.packages, "is_missing", lambda name: name == "gradio")
     with pytest.raises(UserError, match="lacks gradio, .* is: bash run_demo.sh$"):
         entry.main(["--run", str(strong)])
+
+
+def test_the_port_is_picked_once_the_models_are_loaded(strong, monkeypatch):
+    """Two pages that start together both find the first port free."""
+    from clap2diffusion.demo import serving
+    with socket.socket() as other:
+        def slow(*args) -> None:
+            other.bind(("127.0.0.1", 0))
+            other.listen()
+            monkeypatch.setattr(entry, "FIRST_PORT", other.getsockname()[1])
+            assert args[-1]() > other.getsockname()[1]
+            done.append(True)
+        done = []
+        monkeypatch.setattr(serving, "serve", slow)
+        entry.main(["--run", str(strong)])
+    assert done
 
 
 def test_a_wrong_run_ends_before_torch_loads(tmp_path):

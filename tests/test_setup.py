@@ -16,7 +16,7 @@ from conftest import PATIENCE_S, ROOT, has_no_process, wait_for
 STAND_IN = """#!/bin/bash
 case "$1 $2" in
     "- "* | "-c "*) exec "$REAL" "$@" ;;  # does it have the packages; its version
-    "-m venv") mkdir -p .venv/bin; cp "$0" .venv/bin/python; exit 0 ;;
+    "-m venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python; exit ;;
     "-m pip")
         echo "${@:3}" >> pip
         if [ "$PIP" = waits ]; then exec sleep 300; fi
@@ -77,7 +77,8 @@ def test_help_and_a_missing_run_need_no_python(place):
     for flags, run_folder in ((["--run", "runs/far"], "runs/far"), (["--run=runs/far"], "runs/far"),
                               (["--run", "runs/tiny", "--run", "x"], "x"), (["--run", ""], "''")):
         _, errors = run(place, "run_demo.sh", *flags, code=2)
-        assert errors.startswith(f"error: {run_folder}: no such run; ") and len(errors.splitlines()) == 1
+        assert errors.startswith(f"error: {run_folder}: no such run in {place}; ")
+        assert len(errors.splitlines()) == 1
         assert "bash run_all_stages.sh" in errors and "--run" in errors
     shutil.rmtree(place / "runs")
     assert "error: runs/tiny: no such run" in run(place, "run_demo.sh", "--port", "1", code=2)[1]
@@ -109,6 +110,13 @@ def test_the_tests_take_a_python_without_the_page_but_a_new_one_gets_it(place):
     assert "setting up .venv with requirements.txt requirements-demo.txt requirements-browser.txt" in out
     assert asked_pip(place) == [
         "torch==2.13.0 -r requirements.txt -r requirements-demo.txt -r requirements-browser.txt"]
+
+
+def test_one_sentence_where_no_venv_can_be_made(place):
+    (place / ".venv").write_text("a file is in its way, as a folder that may not be written to")
+    _, errors = run(place, "run_demo.sh", code=1)
+    assert errors.splitlines()[-1].startswith(f"error: {place}/.venv could not be made with python3 (")
+    assert not asked_pip(place)
 
 
 def test_one_sentence_where_pip_cannot(place):

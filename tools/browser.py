@@ -1,12 +1,12 @@
 """The page of run_demo.sh in a Chromium that Playwright drives, for screenshots.py and the tests."""
 
 import contextlib
-import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,26 +31,27 @@ def what_lacks() -> str:
 
 @contextlib.contextmanager
 def serve(run: Path, *flags, env: dict[str, str] | None = None, log: Path | None = None):
-    """Start the page for this run on a free port; gives its address once it answers. Ends it afterwards.
-    log: a file for its stderr (default: none). Raises RuntimeError: it ended first."""
-    log = log or Path(os.devnull)
-    command = [sys.executable, "-m", "clap2diffusion.demo", "--run", str(run), *map(str, flags)]
-    with log.open("w", encoding="utf-8") as said:
-        process = subprocess.Popen(command, cwd=ROOT, env=env, encoding="utf-8", stdout=subprocess.PIPE,
-                                   stderr=said)
-    try:
-        for line in process.stdout:
-            if found := re.match(r"open (http://\S+)", line):
-                yield found[1].rstrip("/")
-                break
-        else:
-            last = log.read_text(encoding="utf-8")[-2000:]
-            raise RuntimeError(f"the page ended (exit code {process.wait()}): {last}")
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGINT)
-        process.wait(60)
-        process.stdout.close()
+    """Start the page for this run on a free port; gives its address once it answers. Ends it afterwards as
+    Ctrl-c does. log: a file for all that it says. Raises RuntimeError: it ended first, or with another code
+    than that of Ctrl-c."""
+    with tempfile.TemporaryDirectory() as place:
+        log = log or Path(place, "log")
+        command = [sys.executable, "-m", "clap2diffusion.demo", "--run", str(run), *map(str, flags)]
+        with log.open("w", encoding="utf-8") as said:
+            process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=said, stderr=subprocess.STDOUT)
+        try:
+            while not (found := re.search(r"^open (http\S+) ", log.read_text("utf-8"), re.MULTILINE)):
+                if process.poll() is not None:
+                    break
+                time.sleep(0.1)
+            else:
+                yield found[1]
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+            code = process.wait(60)
+        if code != 128 + signal.SIGINT:
+            raise RuntimeError(f"the page ended (exit code {code}): {log.read_text('utf-8')[-2000:]}")
 
 
 @contextlib.contextmanager

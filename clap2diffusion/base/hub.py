@@ -32,15 +32,20 @@ CLAP_AUDIO = {"window_size": 8, "num_mel_bins": 64, "spec_size": 256, "hidden_ac
 CLAP_READ = ("audio_model.", "audio_projection.")
 
 
+def find_beside(name: str, beside: Path | None = None) -> Path:
+    """The file or folder of that name: as it is named, or, where a file `beside` names it, also beside that
+    file and above, and beside the scripts. Path(name) if there is none."""
+    places = [Path()] + ([*Path(beside).resolve().parents, SCRIPTS] if beside else [])
+    return next((place / name for place in places if name and (place / name).exists()), Path(name))
+
+
 def resolve_model(name: str, what: str, beside: Path | None = None) -> Path:
     """The folder of a model, which is one of KINDS, given as a folder or as a hub name. Before a download it
     says so. beside: the file that names the model; a relative name is looked for in the current folder,
     beside that file and above, and beside the scripts.
     Raises UserError: there is none, it is broken or of a kind that we do not train with, or the hub's copy
     is not here and cannot be had."""
-    places = [Path()] + ([*Path(beside).resolve().parents, SCRIPTS] if beside else [])
-    folder = next((place / name for place in places if name and (place / name).exists()), Path(name))
-    looked = "here"
+    folder, looked = find_beside(name, beside), "here"
     if beside and not Path(name).is_absolute():
         looked = f"in {Path().resolve()}, beside {beside} or above it, or in {SCRIPTS}"
     if not folder.exists() and is_hub_name(name):

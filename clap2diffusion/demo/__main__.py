@@ -82,7 +82,10 @@ def main(argv: list[str] | None = None) -> None:
     adapter_path = find_adapter(args.run)
     facts = adapter_facts(adapter_path)
     base = check_models(args, facts, adapter_path)
-    args.port = pick_port(args.host, args.port)
+    if args.port:
+        pick_port(args.host, args.port)
+    else:
+        is_free(args.host, FIRST_PORT)  # whether there is such an address
     for exposed, who in ((args.share, "--share: everybody who has the address"),
                          (args.host not in LOCAL, f"--host {args.host}: everybody in your network")):
         if exposed:
@@ -93,7 +96,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"no examples: {data.why}", flush=True)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     from clap2diffusion.demo.serving import serve
-    serve(args, adapter_path, facts, base, data)
+    # the port is picked once the models are loaded: another page may have taken one in the meantime
+    serve(args, adapter_path, facts, base, data, lambda: pick_port(args.host, args.port))
 
 
 if __name__ == "__main__":

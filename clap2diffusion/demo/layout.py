@@ -8,10 +8,11 @@ import gradio as gr
 from clap2diffusion.base.settings import GUIDANCE
 from clap2diffusion.demo.own_data import plain
 from clap2diffusion.demo.page import MOST_PICTURES, MOST_STEPS, Page, show
+from clap2diffusion.demo.parts import CheckedBlocks, unread
 
 HERE = Path(__file__).parent
 TITLE = "Sound to picture"
-LIVE_EVERY_S, LIVE_LIMIT_S, LIVE_SESSIONS = 0.25, 600, 4
+LIVE_EVERY_S, LIVE_DRAWN = 0.25, 4  # a piece of sound; pictures that are asked for at once
 QUIET = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
 MODEL = {"concurrency_id": "model", "concurrency_limit": 1}  # the tabs wait for each other
 
@@ -54,16 +55,17 @@ def sound_of(elem_id: str, label: str) -> gr.Audio:
 
 
 def prompt_of(tab: str) -> gr.Textbox:
-    return gr.Textbox("", label="Prompt", max_lines=3, elem_id=f"{tab}-prompt",
-                      placeholder="optional, such as: at deep dusk")
+    return unread(gr.Textbox("", label="Prompt", max_lines=3, elem_id=f"{tab}-prompt",
+                             placeholder="optional, such as: at deep dusk"))
 
 
 def slider_of(elem_id: str, label: str, low: float, high: float, value: float, step: float) -> gr.Slider:
-    return gr.Slider(low, high, value, step=step, label=label, elem_id=elem_id, buttons=[], min_width=140)
+    return unread(gr.Slider(low, high, value, step=step, label=label, elem_id=elem_id, buttons=[],
+                            min_width=140))
 
 
 def seed_of(tab: str) -> gr.Number:
-    return gr.Number(0, label="Seed", precision=0, elem_id=f"{tab}-seed", min_width=90)
+    return unread(gr.Number(0, label="Seed", precision=0, elem_id=f"{tab}-seed", min_width=90))
 
 
 def image_of(elem_id: str, label: str, buttons: list[str]) -> gr.Image:
@@ -85,7 +87,7 @@ def buttons_of(tab: str, label: str) -> tuple[gr.Button, gr.Button]:
 def build(page: Page) -> gr.Blocks:
     """The page's parts, and what each does."""
     studio = page.studio
-    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
+    with CheckedBlocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
         gr.HTML({"run": str(studio.adapter_path), "device": str(studio.device).upper(),
                  "warning": studio.facts["warning"]}, elem_id="head", html_template=(
             f"<h1>{TITLE}</h1><p>{text_of('value.run')} · {text_of('value.device')}</p>"
@@ -140,7 +142,7 @@ def build_one(page: Page) -> None:
                 more = f"; {data.left_out} more are not listed" if data.left_out else ""
                 own = gr.Dropdown([*zip(of_own, range(len(of_own)))], value=None, elem_id="one-own",
                                   label="Or a clip of the run's own data", info=f"type to search{more}")
-                own.input(lambda i: page.take(data.listed[i]), own, sound, **QUIET)
+                own.input(lambda i: None if i is None else page.take(data.listed[i]), own, sound, **QUIET)
             else:
                 gr.HTML(data.why, elem_id="one-own",
                         html_template=f"<p class='quiet'>No examples here: {text_of('value')}.</p>")
@@ -155,7 +157,7 @@ def build_one(page: Page) -> None:
         with gr.Column(scale=6, min_width=320):
             message = message_of("one")
             shown = gallery_of("one-pictures", "Pictures")
-            heat_map = gr.Checkbox(False, label="Show where the sound acted", elem_id="one-map")
+            heat_map = unread(gr.Checkbox(False, label="Show where the sound acted", elem_id="one-map"))
             heard = line_of("one-heard", "heard")
             heard_as = image_of("one-spectrogram", "Spectrogram", [])
     made = gr.State([])
@@ -249,18 +251,19 @@ def build_live(page: Page) -> None:
             rate = line_of("live-rate", "rate")
     stream = gr.State(None)
     shown, settings = [picture, rate, message], [prompt, strength, seed, stream]
-    live = {"show_progress": "hidden", "concurrency_id": "live", "concurrency_limit": LIVE_SESSIONS}
+    live = {"show_progress": "hidden", "concurrency_id": "live", "concurrency_limit": LIVE_DRAWN}
     # The sound comes in by one event and the pictures go out by another: or a piece that comes while a
-    # picture is drawn would be lost.
+    # picture is drawn would be lost. A stream holds its place for as long as it lasts, so that any number may
+    # come in; the pictures are drawn in turn.
     clock = gr.Timer(LIVE_EVERY_S, active=False)
     sound.start_recording(lambda: (None, gr.Timer(active=True)), outputs=[stream, clock], **QUIET)
     sound.stop_recording(lambda: gr.Timer(active=False), outputs=clock, **QUIET)
-    sound.stream(page.feed, [sound, stream], stream, stream_every=LIVE_EVERY_S, time_limit=LIVE_LIMIT_S,
-                 api_visibility="private", **live | {"concurrency_id": "sound"})
+    sound.stream(page.feed, [sound, stream], stream, stream_every=LIVE_EVERY_S, show_progress="hidden",
+                 api_visibility="private", concurrency_limit=None)
     clock.tick(page.now, settings, shown, trigger_mode="once", api_visibility="private", **live)
     # a stream takes no calls of the API: both in one are an endpoint, of a button that is not shown
-    gr.Button(visible=False).click(page.live, [gr.Audio(type="filepath", visible=False), *settings],
-                                   [*shown, stream], api_name="live", **live)
+    piece = gr.Audio(type="filepath", label="Sound", visible=False)
+    gr.Button(visible=False).click(page.live, [piece, *settings], [*shown, stream], api_name="live", **live)
 
 
 def launch_options() -> dict:

@@ -5,6 +5,7 @@ import argparse
 from pathlib import Path
 
 from clap2diffusion.base.exits import UserError
+from clap2diffusion.base.hub import find_beside
 from clap2diffusion.dataset.manifest import Row, usable_rows
 from clap2diffusion.judging.clips import class_texts, find_data
 
@@ -27,7 +28,7 @@ class OwnData:
         self.listed: list[Row] = []
         self.left_out, self.texts, self.why = 0, {}, ""
         try:
-            root = find_place(find_data(argparse.Namespace(data_root=data_root), adapter_path), adapter_path)
+            root = find_beside(find_data(argparse.Namespace(data_root=data_root), adapter_path), adapter_path)
             rows = usable_rows(root)
             labels = sorted({name for row in rows for name in (row.label or "").split("+") if name})
             path = root / "labels.json"
@@ -42,12 +43,6 @@ class OwnData:
         self.listed, self.left_out = here[:MOST_LISTED], len(here[MOST_LISTED:])
         if not here:
             self.why = f"{root}: holds none of the {len(held_out)} sounds of its test and validation clips"
-
-
-def find_place(data_root: str, adapter_path: Path) -> Path:
-    """The data folder: as it is named, or beside the adapter and above, as of a run that was moved."""
-    places = [Path(), *Path(adapter_path).resolve().parents]
-    return next((place / data_root for place in places if (place / data_root).is_dir()), Path(data_root))
 
 
 def pick_examples(rows: list[Row], n: int = EXAMPLES) -> list[Row]:

@@ -1,12 +1,14 @@
 """What the tabs of the page do, over one Studio. layout.py places their parts."""
 
 import argparse
+import json
 import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import quote
 
 import gradio as gr
@@ -16,7 +18,7 @@ import torch
 from PIL import Image
 
 from clap2diffusion.base.exits import RunFailed, UserError
-from clap2diffusion.base.settings import GUIDANCE, SEED, Number
+from clap2diffusion.base.settings import GUIDANCE, SEED, Number, check_text
 from clap2diffusion.dataset.decoding import BadFile, decode_audio
 from clap2diffusion.demo.studio import LONGEST_S, STEPS, Stream, Studio
 from clap2diffusion.pictures.generation import embed, embed_heard, embed_mix, hear, slerp, window_starts
@@ -24,9 +26,23 @@ from clap2diffusion.pictures.inputs import usable
 from clap2diffusion.pictures.sheets import data_uri, png_bytes, spectrogram
 
 MOST_PICTURES, MOST_STEPS, MOST_WINDOWS = 8, 12, 60  # of one sound, of an interpolation, of a storyboard
+
+
+class Kind(NamedTuple):
+    """A value that is no number, as BOUNDS has it."""
+    kind: type
+    words: str
+
+    def check(self, value):
+        if type(value) is not self.kind:
+            raise argparse.ArgumentTypeError(f"got {json.dumps(value):.60}, expected {self.words}")
+        return value
+
+
 BOUNDS = {"strength": Number(float, 0, 10), "guidance": Number(float, 1, 100), "seed": SEED,
           "pictures": Number(int, 1, MOST_PICTURES), "mix": Number(float, 0, 1),
-          "strip": Number(int, 2, MOST_STEPS), "a picture every": Number(float, 0.1, LONGEST_S)}
+          "strip": Number(int, 2, MOST_STEPS), "a picture every": Number(float, 0.1, LONGEST_S),
+          "prompt": Kind(str, "a text"), "heat map": Kind(bool, "true or false")}
 NOTHING = "nothing is left to hear: the picture is made with no sound at all"
 PROGRESS = gr.Progress()  # gradio gives a function with this default one that shows on the page
 
@@ -36,16 +52,21 @@ class Ended(Exception):
 
 
 def checked(**values) -> list:
-    """Values of BOUNDS, each as the number it must be. Raises UserError: one is out of bounds."""
+    """Values of BOUNDS, each as the number or text it must be. Raises UserError: one is not."""
     found = []
-    for name, value in values.items():
-        bound = BOUNDS[name.replace("_", " ")]
-        if bound.kind is int and isinstance(value, float) and value.is_integer():
+    for key, value in values.items():
+        name = key.replace("_", " ")
+        bound = BOUNDS[name]
+        if bound.kind is int and isinstance(value, float) and value.is_integer() and abs(value) < 2 ** 53:
             value = int(value)  # as JavaScript sends it
+        if value is None:  # a field that was emptied
+            raise UserError(f"{name}: is empty; give one")
+        if isinstance(value, str):
+            check_text(value, name)
         try:
             found.append(bound.check(value))
-        except (argparse.ArgumentTypeError, TypeError) as error:
-            raise UserError(f"{name.replace('_', ' ')}: {error}") from None
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"{name}: {error}") from None
     return found
 
 
@@ -85,7 +106,7 @@ class Page:
     def __init__(self, studio: Studio, place: Path):
         """place: a folder of our own for the sounds that the page hands out."""
         self.studio, self.place, self.jobs = studio, place, Jobs()
-        self.taken: dict[Path, str] = {}  # clips of the run's data and their copies
+        self.taken: dict[Path | tuple, str] = {}  # clips of the run's data, or several, and their copies
 
     def sentence(self, error: Exception, *paths: str | None) -> str:
         """An error of ours as one sentence, with the files named as their owner named them."""
@@ -130,8 +151,9 @@ class Page:
         made, shown, heard = [], None, ""
         try:
             name = name_of(sound)
-            strength, guidance, seed, count = checked(strength=strength, guidance=guidance, seed=seed,
-                                                      pictures=count)
+            prompt, strength, guidance, seed, count, heat_map = checked(
+                prompt=prompt, strength=strength, guidance=guidance, seed=seed, pictures=count,
+                heat_map=heat_map)
             notes, encoder = self.notes(prompt, sound), self.studio.encoder
             waveform = hear(encoder, sound)
             if waveform is None:
@@ -161,7 +183,7 @@ class Page:
             paths = [first, second]
             for path, what in zip(paths, ("first sound", "second sound")):
                 name_of(path, what)
-            mix, count, seed = checked(mix=mix, strip=count, seed=seed)
+            mix, count, prompt, seed = checked(mix=mix, strip=count, prompt=prompt, seed=seed)
             notes = self.notes(prompt, *paths)
             ends = torch.cat([embed(self.studio.encoder, path) for path in paths])  # (2, E)
             with self.work(request, "two", progress, STEPS, count + 1) as each:
@@ -187,7 +209,7 @@ class Page:
         if not (first and second):
             return gr.skip(), ""
         try:
-            mix, seed = checked(mix=mix, seed=seed)
+            mix, prompt, seed = checked(mix=mix, prompt=prompt, seed=seed)
             notes = self.notes(prompt, first, second)
             mixed = embed_mix(self.studio.encoder, [first, second], [1 - mix, mix])
             return (self.studio.picture(mixed, prompt, seed)[0],
@@ -202,7 +224,7 @@ class Page:
         board, message = None, ""
         try:
             name_of(sound)
-            every, seed = checked(a_picture_every=every, seed=seed)
+            every, prompt, seed = checked(a_picture_every=every, prompt=prompt, seed=seed)
             duration_s, encoder = self.studio.check_sound(sound), self.studio.encoder
             message = "; ".join(self.studio.remarks(prompt))
             starts = window_starts(duration_s, encoder.window_s, every)
@@ -234,9 +256,11 @@ class Page:
             name_of(sound)
             self.studio.check_sound(sound, encoder.window_s + 0.05)
             with usable(sound):
-                [waveform], _ = decode_audio(sound, encoder.sampling_rate, encoder.window_s)
+                [waveform], flags = decode_audio(sound, encoder.sampling_rate, encoder.window_s)
         except UserError as error:
             return gr.skip(), "", self.sentence(error, sound), stream
+        if flags:  # of stereo that cancels itself out, a trace of noise is left
+            waveform = np.zeros_like(waveform)
         stream = self.feed((encoder.sampling_rate, waveform), stream)
         return *self.now(prompt, strength, seed, stream), stream
 
@@ -252,7 +276,7 @@ class Page:
         if not (stream and stream.fresh):
             return gr.skip(), gr.skip(), gr.skip()
         try:
-            strength, seed = checked(strength=strength, seed=seed)
+            prompt, strength, seed = checked(prompt=prompt, strength=strength, seed=seed)
             picture, pace = stream.picture(prompt, strength, seed), stream.pace()
         except (UserError, RunFailed, torch.OutOfMemoryError) as error:
             return gr.skip(), "", self.sentence(error)
@@ -279,7 +303,9 @@ class Page:
 
     def joined(self, rows: list) -> str | None:
         """The sounds of several clips one after another, as a file. What cannot be read is left out."""
-        encoder, parts = self.studio.encoder, []
+        encoder, parts, key = self.studio.encoder, [], tuple(row.audio_path for row in rows)
+        if key in self.taken:
+            return self.taken[key]
         for row in rows:
             try:
                 parts += decode_audio(row.audio_path, encoder.sampling_rate, encoder.window_s)[0]
@@ -289,6 +315,7 @@ class Page:
             return None
         path = Path(tempfile.mkdtemp(dir=self.place)) / "several-sounds.wav"
         soundfile.write(path, np.concatenate(parts), encoder.sampling_rate)
+        self.taken[key] = str(path)
         return str(path)
 
 
