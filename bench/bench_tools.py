@@ -117,6 +117,30 @@ def make_random(folder: Path, size: str) -> None:
     assert size == "small" or sum(p.numel() for p in unet.parameters()) == 859_520_964
 
 
+def random_adapter(path: Path, base: Path, clap: Path, rank: int = 8,
+                   **header) -> tuple[dict, torch.nn.Module]:
+    """Write an adapter of a base's shapes with random weights; sound and LoRA (rank 0: none) both change the
+    prediction, alpha is twice the rank. header: facts that differ. Returns the weights and the UNet."""
+    import diffusers
+
+    from clap2diffusion.base import hub
+    from clap2diffusion.base.models import load_part
+    from clap2diffusion.pictures.pipelines import write_adapter
+    torch.manual_seed(0)
+    unet = load_part(diffusers.UNet2DConditionModel, base, "base model", "unet")
+    width = unet.config.cross_attention_dim
+    weights = {"audio_proj": common.AudioProjectionMLP(512, width),
+               "audio_attn": common.AudioAttentionAdapter(unet, 0.4)}
+    for p in common.add_lora(unet, rank, 2.0 * rank, 0.0).parameters():  # peft's B is 0
+        p.data.normal_(std=0.05)
+    write_adapter(path, weights, unet, {
+        "stage": "stage2", "step": 0, "base_model": str(base), "clap_model": str(clap),
+        "fingerprints": {"unet": hub.fingerprint(base / "unet"), "clap": hub.fingerprint(clap)},
+        "dims": {"audio_embed": 512, "num_tokens": 8, "width": width, "lora": [rank, 2.0 * rank]},
+        "settings": {"image_size": 64}, **header})
+    return weights, unet
+
+
 def call(*command) -> None:
     """Run a script of ours in a process of its own; where it fails, its last line is the reason."""
     command = list(map(str, command))

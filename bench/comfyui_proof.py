@@ -26,14 +26,15 @@ import bench_tools as tools
 import torch
 from safetensors.torch import load_file
 
-import common
+import export
 from clap2diffusion.base import hub
 from clap2diffusion.base.exits import RunFailed, UserError
 from clap2diffusion.base.files import read_json, write_atomic
 from clap2diffusion.base.models import load_part
 from clap2diffusion.base.settings import Number
 from clap2diffusion.pictures.inputs import find_adapter
-from clap2diffusion.pictures.pipelines import MOST_DIFFERENCE, listening, load_stock_pipeline, write_adapter
+from clap2diffusion.pictures.pipelines import MOST_DIFFERENCE, listening, load_stock_pipeline
+from clap2diffusion.sharing.layouts import KOHYA_LORA
 
 NODES = tools.ROOT / "comfyui"
 STARTUP_S, PICTURE_S = 600, 3600
@@ -73,25 +74,6 @@ def node_classes() -> dict:
         sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[spec.name])
     return sys.modules["clap2diffusion_nodes"].NODE_CLASS_MAPPINGS
-
-
-def random_adapter(path: Path, base: Path, clap: Path, rank: int) -> Path:
-    """An adapter file of a base's shapes with random weights, LoRA of that rank included, 0 for none."""
-    import diffusers
-    torch.manual_seed(0)
-    unet = load_part(diffusers.UNet2DConditionModel, base, "base model", "unet")
-    width = unet.config.cross_attention_dim
-    weights = {"audio_proj": common.AudioProjectionMLP(512, width),
-               "audio_attn": common.AudioAttentionAdapter(unet, 0.4)}
-    lora = common.add_lora(unet, rank, 2 * rank, 0.0)
-    for p in lora.parameters():  # peft's B is 0
-        p.data.normal_(std=0.05)
-    write_adapter(path, weights, unet, {
-        "stage": "stage2", "step": 0, "base_model": str(base), "clap_model": str(clap),
-        "fingerprints": {"unet": hub.fingerprint(base / "unet"), "clap": hub.fingerprint(clap)},
-        "dims": {"audio_embed": 512, "num_tokens": 8, "width": width, "lora": [rank, 2.0 * rank]},
-        "settings": {"image_size": 64}})
-    return path
 
 
 # --- a base in ComfyUI --------------------------------------------------------------------------------------
@@ -236,12 +218,23 @@ def comfy_prediction(model, batch: dict, guided: bool):
     return torch.cat([output for _, output in sorted(seen, key=lambda one: -one[0])])
 
 
+def core_lora(model, folder: Path):
+    """A ComfyUI model with kohya's file of an export, by ComfyUI's own loader at strength 1."""
+    import comfy.sd
+    import comfy.utils
+    lora = comfy.utils.load_torch_file(str(folder / KOHYA_LORA))
+    return comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)[0]
+
+
 @torch.no_grad()
 def prove_prediction(args: argparse.Namespace, place: Path) -> list[dict]:
-    """A row for each of CASES. Raises RunFailed: a difference is above MOST_DIFFERENCE."""
+    """A row for each of CASES, and one of the LoRA by ComfyUI's own loader.
+    Raises RunFailed: a difference is above MOST_DIFFERENCE."""
     base, clap = tools.models(args, place)
-    adapters = {lora: random_adapter(place / f"{lora}.safetensors", base, clap, 8 * lora)
-                for lora in (False, True)}
+    adapters = {lora: place / f"{lora}.safetensors" for lora in (False, True)}
+    for lora, path in adapters.items():
+        tools.random_adapter(path, base, clap, 8 * lora)
+    export.main(["--run", str(adapters[True]), "--to", "kohya", "--out", str(place / "kohya")])
     config, draw = read_json(base / "unet/config.json"), torch.Generator().manual_seed(1)
     width, side = config["cross_attention_dim"], args.image_size // 8
     batch = {"latents": torch.randn(2, 4, side, side, generator=draw), "timestep": torch.tensor(500),
@@ -254,12 +247,17 @@ def prove_prediction(args: argparse.Namespace, place: Path) -> list[dict]:
     bare = comfy_unet(base)
     sound, other = ({"embeds": batch[key], "clap": name} for key in ("sounds", "negative"))
     plain, rows = {guided: comfy_prediction(bare, batch, guided) for guided in (True, False)}, []
-    for (lora, weight, negative, guided), right in zip(CASES, expected):
-        adapter, _ = nodes["CLAP2DiffusionLoad"]().load("(the path below)", str(adapters[lora]))
-        model, = nodes["CLAP2DiffusionApply"]().apply(bare, adapter, sound, weight, 0.0, 1.0, 1.0,
+    with_lora = core_lora(bare, place / "kohya")
+    ways = [("within the adapter" if case[0] else "no", bare, adapters[case[0]], case, right)
+            for case, right in zip(CASES, expected)]
+    ways += [("kohya's file, ComfyUI's own loader", with_lora, place / "kohya/adapter.safetensors", CASES[1],
+              expected[1])]
+    for lora, model, path, (_, weight, negative, guided), right in ways:
+        adapter, _ = nodes["CLAP2DiffusionLoad"]().load("(the path below)", str(path))
+        model, = nodes["CLAP2DiffusionApply"]().apply(model, adapter, sound, weight, 0.0, 1.0, 1.0,
                                                       other if negative else None)
         got, largest = comfy_prediction(model, batch, guided), max(1.0, float(right.abs().max()))
-        rows.append({"LoRA": "yes" if lora else "no", "weight": weight,
+        rows.append({"LoRA": lora, "weight": weight,
                      "unconditional rows": ["none", "silence", "a negative sound"][guided + negative],
                      "largest difference": float((got - right).abs().max()) / largest,
                      "what the node changes": float((plain[guided] - right).abs().max()) / largest})
@@ -300,8 +298,9 @@ def workflow(args: argparse.Namespace, base: Path, clap: Path, place: Path) -> d
     for folder in ("input", "models/clap2diffusion", "models/checkpoints", "custom_nodes"):
         (place / folder).mkdir(parents=True, exist_ok=True)
     (place / "custom_nodes/clap2diffusion").symlink_to(NODES, target_is_directory=True)
-    adapter = (find_adapter(args.run) if args.run else
-               random_adapter(place / "random.safetensors", base, clap, 8))
+    adapter = find_adapter(args.run) if args.run else place / "random.safetensors"
+    if not args.run:
+        tools.random_adapter(adapter, base, clap)
     (place / "models/clap2diffusion/adapter.safetensors").symlink_to(adapter.resolve())
     sound = Path(args.audio) if args.audio else sorted(
         tools.make_world(place / "world", 4).glob("audio/*"))[0]

@@ -18,36 +18,14 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-import common
-from clap2diffusion.base.hub import fingerprint
 from clap2diffusion.base.progress import bar_options
 from clap2diffusion.pictures.inputs import adapter_facts, find_adapter
-from clap2diffusion.pictures.pipelines import load_base_pipeline, write_adapter
 from clap2diffusion.sharing import proof
 from clap2diffusion.sharing.layouts import KOHYA_LORA
 
-RANK, ALPHA, GATE = 8, 32.0, 0.4
 parser = tools.bench_parser(__doc__)
 parser.add_argument("--run", default="", help="a run or adapter ('' = an adapter of random weights)")
 parser.add_argument("--sd-scripts", default="", help="a checkout of kohya-ss/sd-scripts ('' = none)")
-
-
-def make_adapter(path: Path, base: Path, clap: Path) -> Path:
-    """An adapter of random weights for a base model, whose sound and LoRA both change the prediction."""
-    torch.manual_seed(0)
-    unet = load_base_pipeline(base, vae=None, text_encoder=None, tokenizer=None).unet
-    width = unet.config.cross_attention_dim
-    audio_proj = common.AudioProjectionMLP(512, width, 8)
-    audio_attn = common.AudioAttentionAdapter(unet, GATE)
-    lora = common.add_lora(unet, RANK, ALPHA, 0.0)
-    for p in (*audio_attn.to_k.parameters(), *audio_attn.to_v.parameters(), *lora.parameters()):
-        p.data += 0.02 * torch.randn_like(p)
-    header = {"stage": "stage2", "step": 0, "base_model": str(base), "clap_model": str(clap),
-              "fingerprints": {"unet": fingerprint(base / "unet"), "clap": fingerprint(clap)},
-              "dims": {"audio_embed": 512, "num_tokens": 8, "width": width, "lora": [RANK, ALPHA]},
-              "settings": {"image_size": 512}}
-    write_adapter(path, {"audio_proj": audio_proj, "audio_attn": audio_attn}, unet, header)
-    return path
 
 
 def by_hand(pipe, folder: Path) -> torch.nn.Module:
@@ -80,8 +58,9 @@ def by_sd_scripts(pipe, folder: Path, checkout: Path, merged: bool) -> torch.nn.
 @tools.automain(parser)
 def main(args, place: Path) -> None:
     base, clap = tools.models(args, place)
-    adapter_path = find_adapter(args.run) if args.run else make_adapter(place / "adapter.safetensors", base,
-                                                                        clap)
+    adapter_path = find_adapter(args.run) if args.run else place / "adapter.safetensors"
+    if not args.run:
+        tools.random_adapter(adapter_path, base, clap)
     embed_dim = adapter_facts(adapter_path)["dims"]["audio_embed"]
     reference, rows = proof.make_reference(base, adapter_path, embed_dim), []
 

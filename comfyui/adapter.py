@@ -16,6 +16,8 @@ from torch import Tensor
 
 PLACE = re.compile(r"(down|mid|up)_block(?:s\.(\d+))?\.attentions\.(\d+)\.transformer_blocks\.(\d+)\.attn2")
 MODULE = re.compile(r"(input|middle|output)_block(?:s\.(\d+))?\.\d+\.transformer_blocks\.(\d+)\.attn2")
+WHOLE = {f"image_proj.{name}" for name in ("proj.0.weight", "proj.0.bias", "proj.2.weight", "proj.2.bias",
+                                           "norm.weight", "norm.bias")}
 SIDES = {"down": "input", "mid": "middle", "up": "output"}
 LAYERS = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out_0"}
 
@@ -48,15 +50,19 @@ def read_adapter(path: str) -> Adapter:
         recorded = facts.pop("sha256", "")
         dims, clap = facts["dims"], facts["fingerprints"]["clap"]
         heard = [i for i, name in enumerate(facts.get("attentions", ())) if name.endswith("attn2")]
-        known = (isinstance(clap, str) and isinstance(facts["clap_model"], str)
+        halves = [{name.replace(f"lora.{side}", "lora") for name in arrays if f"_lora.{side}." in name}
+                  for side in ("down", "up")]
+        known = (isinstance(clap, str) and isinstance(facts["clap_model"], str) and halves[0] == halves[1]
+                 and isinstance(facts.get("tanh_gate", 0.0), (int, float))
+                 and WHOLE <= arrays.keys() and all(np.isfinite(array).all() for array in arrays.values())
                  and arrays["image_proj.proj.0.weight"].shape[1] == dims["audio_embed"]
                  and len(arrays["image_proj.proj.2.weight"]) == dims["num_tokens"] * dims["width"]
                  and {f"ip_adapter.{i}.to_{part}_ip.weight" for i in heard for part in "kv"} <= arrays.keys())
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError):
         known = False
     if not known:
-        raise ValueError(f"{path}: is not an adapter of CLAP2Diffusion (its header is missing or of another "
-                         "kind); give the adapter.safetensors of a run")
+        raise ValueError(f"{path}: is not an adapter of CLAP2Diffusion (its header or tensors are missing, "
+                         "of another kind or not finite); give the adapter.safetensors of a run")
     if recorded and recorded != _digest(facts, arrays):
         raise ValueError(f"{path}: its content does not match its SHA-256; the file was altered, use another "
                          "copy of it")
@@ -69,13 +75,13 @@ def read_adapter(path: str) -> Adapter:
 def describe(adapter: Adapter) -> str:
     """What the header says, a line for each fact; the warning last."""
     facts, dims = adapter.facts, adapter.facts["dims"]
-    lora = dims.get("lora") if lora_tensors(adapter) else None
+    ranks = {len(tensor) for name, tensor in lora_tensors(adapter).items() if "lora_down" in name}
     rows = {"file": adapter.path, "stage": f"{facts.get('stage')}, step {facts.get('step')}",
             "base model": facts.get("base_model"),
             "CLAP": f"{facts.get('clap_model')} ({facts['fingerprints']['clap']})",
             "audio tokens": f"{dims['num_tokens']} of width {dims['width']}",
             "gate": f"{facts.get('tanh_gate', float('nan')):.3f}, within the weights",
-            "LoRA": f"rank {lora[0]}" if lora else "none",
+            "LoRA": f"rank {max(ranks)}" if ranks else "none",
             "picture size": f"{facts.get('image_size')} px", "warning": facts.get("warning") or "none"}
     return "\n".join(f"{name}: {value}" for name, value in rows.items())
 

@@ -112,8 +112,9 @@ def fingerprint(folder: Path) -> str:
 
 
 @functools.lru_cache(maxsize=1)  # two sounds of one workflow need it loaded once
-def load_clap(folder: Path) -> tuple:
-    """CLAP's extractor and audio tower from a folder."""
+def load_clap(folder: Path, name: str) -> tuple:
+    """CLAP's extractor and audio tower from a folder. name: its fingerprint, so that another CLAP in the
+    same folder is loaded anew."""
     model = transformers.ClapAudioModelWithProjection.from_pretrained(folder, local_files_only=True)
     extractor = transformers.ClapFeatureExtractor.from_pretrained(folder, local_files_only=True)
     return extractor, model.float().eval()
@@ -154,10 +155,11 @@ def hear(waveform: np.ndarray, rate: int, to_rate: int, window_s: float, start_s
 
 
 @torch.no_grad()
-def embed(folder: Path, waveforms: Tensor, rate: int, start_s: float) -> tuple[Tensor, list[str]]:
-    """Sounds (B, C, T) -> audio_embeds (B, E) of unit length, and a note for each sound that is none: its
-    embedding is zeros, the null audio. Raises ValueError: a sound cannot be used."""
-    extractor, model = load_clap(folder)
+def embed(folder: Path, name: str, waveforms: Tensor, rate: int, start_s: float) -> tuple[Tensor, list[str]]:
+    """Sounds (B, C, T) -> audio_embeds (B, E) of unit length, by the CLAP of a folder, whose fingerprint is
+    `name`; and a note for each sound that is none: its embedding is zeros, the null audio.
+    Raises ValueError: a sound cannot be used."""
+    extractor, model = load_clap(folder, name)
     to_rate, rows, notes = extractor.sampling_rate, [], []
     for i, waveform in enumerate(waveforms.float().cpu().numpy()):
         heard = hear(waveform, int(rate), to_rate, extractor.nb_max_samples / to_rate, start_s)

@@ -134,13 +134,17 @@ class EncodeSound:
         if waveforms is None or waveforms.ndim != 3 or 0 in waveforms.shape[:2]:
             raise ValueError("the audio holds no sound; give the output of Load Audio, or of a video that "
                              "has one")
+        rate = audio.get("sample_rate")
+        if not isinstance(rate, (int, float)) or rate < 1:
+            raise ValueError(f"the audio's sample rate is {rate}, expected a number of samples a second; "
+                             "give the output of Load Audio")
         trained, expected = adapter.facts["clap_model"], adapter.facts["fingerprints"]["clap"]
         folder = find_clap(clap, trained, folder_paths.get_folder_paths(CLAPS))
         found = fingerprint(folder)
         if found != expected:
             raise ValueError(f"{folder}: is CLAP {found}, but {adapter.path} was trained with CLAP "
                              f"{expected} ({trained}); give that one in the field clap")
-        embeds, notes = embed(folder, waveforms, audio["sample_rate"], start_s)
+        embeds, notes = embed(folder, found, waveforms, rate, start_s)
         for note in notes:
             logging.warning("CLAP2Diffusion: %s", note)
         return ({"embeds": embeds, "clap": found},)

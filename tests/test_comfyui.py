@@ -7,6 +7,7 @@ import ast
 import importlib.util
 import json
 import os
+import shutil
 import sys
 from argparse import Namespace
 
@@ -39,34 +40,17 @@ adapter, hearing = module("adapter"), module("hearing")
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """An adapter file with a LoRA, and the modules that it was written from."""
-    import diffusers
-
-    import common
-    from clap2diffusion.base import hub
-    from clap2diffusion.base.models import load_part
-    from clap2diffusion.pictures.pipelines import write_adapter
-    torch.manual_seed(0)
-    unet = load_part(diffusers.UNet2DConditionModel, BASE, "base model", "unet")
-    weights = {"audio_proj": common.AudioProjectionMLP(512, 128),
-               "audio_attn": common.AudioAttentionAdapter(unet, 0.4)}
-    for p in common.add_lora(unet, 4, 8.0, 0.0).parameters():
-        p.data.normal_(std=0.05)
-    path = tmp_path_factory.mktemp("adapter") / "adapter.safetensors"
-    write_adapter(path, weights, unet, {
-        "stage": "stage2", "step": 7, "base_model": str(BASE), "clap_model": str(CLAP),
-        "fingerprints": {"unet": "0" * 16, "clap": hub.fingerprint(CLAP)},
-        "dims": {"audio_embed": 512, "num_tokens": 8, "width": 128, "lora": [4, 8.0]},
-        "settings": {"image_size": 64}, "warning": "no gate helped"})
-    return path, weights, unet
-
-
-@pytest.fixture(scope="module")
 def proof():
     sys.path.insert(0, str(ROOT / "bench"))
     import comfyui_proof
     return comfyui_proof
+
+
+@pytest.fixture(scope="module")
+def made(proof, tmp_path_factory):
+    """An adapter file with a LoRA, and the modules that it was written from."""
+    path = tmp_path_factory.mktemp("adapter") / "adapter.safetensors"
+    return path, *proof.tools.random_adapter(path, BASE, CLAP, 4, step=7, warning="no gate helped")
 
 
 def with_header(path, place, change) -> str:
@@ -146,6 +130,29 @@ def test_a_file_that_is_no_adapter(content, tmp_path):
         adapter.read_adapter(str(path))
 
 
+@pytest.mark.parametrize("change", [
+    lambda tensors: {name: tensor for name, tensor in tensors.items() if "lora.up" not in name},
+    lambda tensors: {name: tensor for name, tensor in tensors.items() if "norm" not in name},
+    lambda tensors: {name: tensor * torch.nan for name, tensor in tensors.items()}])
+def test_tensors_of_another_kind(change, made, tmp_path):
+    """A file without its own SHA-256, which so many a program could have written."""
+    facts = json.dumps(adapter.read_adapter(str(made[0])).facts)
+    save_file(change(load_file(made[0])), tmp_path / "a.safetensors", {"clap2diffusion": facts})
+    with pytest.raises(ValueError, match="is not an adapter of CLAP2Diffusion"):
+        adapter.read_adapter(str(tmp_path / "a.safetensors"))
+
+
+def test_another_clap_in_the_same_folder_is_loaded_anew(tmp_path):
+    folder, tone = shutil.copytree(CLAP, tmp_path / "clap"), torch.sin(torch.arange(48000) / 10)[None, None]
+    before, _ = hearing.embed(folder, hearing.fingerprint(folder), tone, 48000, 0.0)
+    weights = load_file(folder / "model.safetensors")
+    weights["audio_projection.linear2.weight"] = weights["audio_projection.linear2.weight"].flip(0)
+    save_file(weights, folder / "new", {"format": "pt"})
+    (folder / "new").replace(folder / "model.safetensors")
+    after, _ = hearing.embed(folder, hearing.fingerprint(folder), tone, 48000, 0.0)
+    assert not torch.allclose(before, after, atol=1e-3)
+
+
 SD15 = [f"down_blocks.{i}.attentions.{j}" for i in range(3) for j in range(2)] + [
     f"up_blocks.{i}.attentions.{j}" for i in (1, 2, 3) for j in range(3)] + ["mid_block.attentions.0"]
 SD15_KEYS = [("input", i) for i in (1, 2, 4, 5, 7, 8)] + [
@@ -222,22 +229,39 @@ def test_a_sound_is_heard_as_in_training(rate, most, tmp_path):
     samples = torch.from_numpy(soundfile.read(path, dtype="float32")[0].T)[None]
     encoder = CLAPAudioEncoder(CLAP)
     for start_s in (0.0, 1.25, 60.0):
-        got, notes = hearing.embed(CLAP, samples, rate, start_s)
+        got, notes = hearing.embed(CLAP, "name", samples, rate, start_s)
         assert (got - embed(encoder, str(path), start_s)).abs().max() <= most and not notes
+
+
+def test_sounds_of_the_world_at_other_rates_are_heard_nearly_as_in_training(world, tmp_path):
+    """docs/comfyui.md has the bound. It is not one of rounding: SciPy's filter is not quite soxr's."""
+    import soxr
+
+    from clap2diffusion.dataset.encoders import CLAPAudioEncoder
+    from clap2diffusion.pictures.generation import embed
+    encoder, moved = CLAPAudioEncoder(CLAP), []
+    for sound in sorted((world / "audio").glob("test-*.wav"))[:10]:
+        samples, rate = soundfile.read(sound, dtype="float32")
+        for other in (44100, 32000, 16000):
+            resampled = soxr.resample(samples, rate, other)
+            soundfile.write(tmp_path / "sound.wav", resampled, other, subtype="FLOAT")
+            got, _ = hearing.embed(CLAP, torch.from_numpy(resampled)[None, None], other, 0.0)
+            moved.append(float((got - embed(encoder, str(tmp_path / "sound.wav"))).abs().max()))
+    assert len(moved) == 30 and 0 < max(moved) <= 1e-3, max(moved)
 
 
 def test_what_counts_as_no_sound_and_what_is_refused():
     tone = torch.sin(torch.arange(48000) / 10)
     batch = torch.stack([torch.stack([tone, tone]), torch.stack([tone, -tone]), torch.zeros(2, 48000)])
-    embeds, notes = hearing.embed(CLAP, batch, 48000, 0.0)
+    embeds, notes = hearing.embed(CLAP, "name", batch, 48000, 0.0)
     assert embeds.shape == (3, 512) and embeds.any(1).tolist() == [True, False, False]
     assert embeds[0].norm() == pytest.approx(1, abs=1e-5)
     assert notes == ["sound 2 of 3 is cancelled by the mono mix, which counts as no sound",
                      "sound 3 of 3 is silent, which counts as no sound"]
     with pytest.raises(ValueError, match="the sound is 0.050 s long, expected at least 0.1 s"):
-        hearing.embed(CLAP, tone[None, None, :2400], 48000, 0.0)
+        hearing.embed(CLAP, "name", tone[None, None, :2400], 48000, 0.0)
     with pytest.raises(ValueError, match="NaN or infinite"):
-        hearing.embed(CLAP, torch.full((1, 1, 48000), torch.inf), 48000, 0.0)
+        hearing.embed(CLAP, "name", torch.full((1, 1, 48000), torch.inf), 48000, 0.0)
 
 
 def test_the_proof_says_what_it_needs(proof, tmp_path, monkeypatch):
@@ -288,7 +312,7 @@ def apply(comfy, model=None, weight=1.0, start=0.0, end=1.0, lora=1.0, **more):
 def test_the_prediction_is_stock_diffusers(size, comfy, tmp_path):
     rows = comfy.proof.prove_prediction(comfy.proof.PARSER.parse_args(
         ["--small"] * (size == "small")), tmp_path)
-    assert len(rows) == 5 and max(row["largest difference"] for row in rows) < 1e-4
+    assert len(rows) == 6 and max(row["largest difference"] for row in rows) < 1e-4
     assert min(row["what the node changes"] for row in rows) > 1e-2
 
 
@@ -411,3 +435,6 @@ def test_what_does_not_fit_is_said(comfy, tmp_path, made):
             encode(comfy.adapter, nothing, 0.0, "")
     with pytest.raises(ValueError, match="is CLAP [0-9a-f]{16}, but .* was trained with CLAP [0-9a-f]{16}"):
         encode(comfy.adapter, audio, 0.0, str(tmp_path / "small/clap"))
+    for rate in (None, 0, "48000"):
+        with pytest.raises(ValueError, match=f"the audio's sample rate is {rate}, expected a number"):
+            encode(comfy.adapter, audio | {"sample_rate": rate}, 0.0, str(CLAP))

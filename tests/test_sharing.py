@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import hashlib
 import json
@@ -27,12 +28,12 @@ from safetensors.torch import load_file
 from test_models import HEADER, adapter, add_moved_lora, apart, forward, inputs, stock_forward
 
 import export
-from clap2diffusion.base.exits import RunFailed
+from clap2diffusion.base.exits import RunFailed, UserError
 from clap2diffusion.base.hub import fingerprint
 from clap2diffusion.judging.history import History
 from clap2diffusion.pictures.inputs import adapter_facts
 from clap2diffusion.pictures.pipelines import load_base_pipeline, write_adapter
-from clap2diffusion.sharing import folders, layouts
+from clap2diffusion.sharing import card, folders, layouts
 from clap2diffusion.sharing.card import TRAINED, read_evaluation
 
 KINDS = ("diffusers", "kohya", "peft", "hub")
@@ -268,12 +269,12 @@ def hub_folder(run, tmp_path_factory) -> Path:
 
 
 def test_the_card_says_what_is_known_and_no_more(hub_folder, run):
-    card = huggingface_hub.ModelCard.load(hub_folder / "README.md")
-    assert card.data.license == "mit" and card.data.base_model is None and "lora" in card.data.tags
+    page = huggingface_hub.ModelCard.load(hub_folder / "README.md")
+    assert page.data.license == "mit" and page.data.base_model is None and "lora" in page.data.tags
     assert ("| top-1 | 12 | 0.750 [0.500, 0.875] | 0.125 [0.000, 0.250] | 0.000 [0.000, 0.000] | 0.100 |"
-            in card.text and "Warning: mode collapse." in card.text)
-    assert "- This adapter: mit\n- The base model: unknown: " in card.text
-    assert "- The training data: CC BY 4.0, recorded by me" in card.text
+            in page.text and "Warning: mode collapse." in page.text)
+    assert "- This adapter: mit\n- The base model: unknown: " in page.text
+    assert "- The training data: CC BY 4.0, recorded by me" in page.text
     assert Image.open(hub_folder / "pictures.png").size == (104 + 2 * 132 - 4 + 4, 22 + 3 * 132 - 4 + 4)
     assert (hub_folder / "samples.png").read_bytes() == (run / "stage3/samples.png").read_bytes()
     config = json.loads((hub_folder / "config.json").read_text())
@@ -310,8 +311,92 @@ def test_figures_of_other_weights_are_not_on_the_card(changes, says, run, tmp_pa
     adapter_path = tmp_path / "run/stage3/adapter.safetensors"
     if changes:
         (tmp_path / "run/evaluation.json").write_text(json.dumps(evaluation(tmp_path / "run", **changes)))
-    found, why = read_evaluation(tmp_path / "run", adapter_facts(adapter_path), History(adapter_path))
+    found, why = read_evaluation(tmp_path / "run", adapter_facts(adapter_path), History(adapter_path), "", "")
     assert found == {} and why.startswith(says)
+
+
+def test_an_evaluation_knows_its_adapter_by_its_bytes(run, made, tmp_path):
+    """The same stage, step, models and gate, no training beside it to compare, and other weights."""
+    path = shutil.copy(made.path, tmp_path / "adapter.safetensors")
+    facts, history = adapter_facts(path), History(path)
+    found = evaluation(run) | {"trained": {key: facts[key] for key in TRAINED}, "training": history.curves(),
+                                "unet": "u"}
+
+    def shown(base: str = "u", **more) -> bool:
+        (tmp_path / "evaluation.json").write_text(json.dumps(found | more))
+        return bool(read_evaluation(tmp_path, facts, history, "s", base)[0])
+    assert shown(adapter_sha256="s")
+    assert not shown(adapter_sha256="t") and not shown("v", adapter_sha256="s")
+    assert not shown()  # an old one, and no log to know it by
+    for damaged in ({"settings": {}}, {"trained": 3}):
+        with pytest.raises(UserError, match="evaluation.json: is not as evaluate.py writes it; run"):
+            shown(**damaged)
+
+
+def test_what_a_name_holds_has_no_meaning_on_the_card():
+    assert card.plain("a\n# <b>[x](y) *z* `c`") == r"a # \<b>\[x\](y) \*z\* \`c\`"
+    assert card.code("a `b`\nc") == "`` a `b` c ``" and card.code("a_b") == "`a_b`"
+    assert ast.literal_eval(card.python('\U0001f600 <"\\')) == '\U0001f600 <"\\'
+
+
+@pytest.mark.parametrize("content, licence", [
+    (b"---\nlicense: [mit, other]\n---\n", "mit, other"), (b"\xff\xfe", ""), (b"---\nlicense: [a\n---\n", ""),
+    (b"---\nlicense: other\nlicense_name: mine\n---\n", "mine"), (None, "")])
+def test_the_licence_that_a_base_models_own_card_states(content, licence, tmp_path, capsys):
+    if content:
+        (tmp_path / "README.md").write_bytes(content)
+    assert card.license_of(tmp_path / "README.md") == licence
+    assert ("cannot be read" in capsys.readouterr().out) == bool(content and not licence)
+
+
+@pytest.mark.parametrize("killed_at", [1, 2, 3, 4])
+def test_killed_while_the_folder_takes_its_place(killed_at, tmp_path, monkeypatch):
+    """At each of the last calls the earlier export or the new one is there whole, or comes back."""
+    out, calls = tmp_path / "out", []
+
+    def write(text: str) -> None:
+        with folders.whole(out) as new:
+            (new / "a").write_text(text)
+            (new / "export.json").write_bytes(folders.facts_of("hub", b"", {"a": text.encode()}))
+
+    class Killed(BaseException):
+        pass
+
+    def dying(call):
+        def instead(*args, **options):
+            calls.append(call)
+            if len(calls) >= killed_at:  # nothing that would clean up works any more
+                raise Killed
+            return call(*args, **options)
+        return instead
+    write("old")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        for place, name in ((Path, "rename"), (Path, "unlink"), (shutil, "rmtree")):
+            patch.setattr(place, name, dying(getattr(place, name)))
+        write("new")
+    with pytest.raises(RuntimeError), folders.whole(out):  # the next one fails
+        raise RuntimeError
+    folders.check_out(out)
+    assert (out / "a").read_text() == ("old" if killed_at <= 3 else "new")
+    write("newest")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert sorted(path.name for path in out.iterdir()) == ["a", "export.json"]
+
+
+def test_no_moment_in_which_another_export_may_take_the_folder(tmp_path, monkeypatch):
+    """Its lock is in the new folder until that has its name; what was edited meanwhile is kept."""
+    rename, seen = Path.rename, []
+
+    def look(path, target):
+        seen.append((path / folders.LOCK).exists())
+        return rename(path, target)
+    monkeypatch.setattr(Path, "rename", look)
+    with folders.whole(tmp_path / "out"):
+        pass
+    assert seen == [True] and not (tmp_path / "out" / folders.LOCK).exists()
+    with pytest.raises(UserError, match="a.txt is in it"), folders.whole(tmp_path / "out"):
+        (tmp_path / "out/a.txt").touch()
+    assert (tmp_path / "out/a.txt").exists()
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -444,6 +529,16 @@ def moved(c: Place) -> list:
     return c.to("kohya", run=rewritten(c.adapter, c.d / "a.safetensors", base_model="/theirs/base"))
 
 
+def linked(folder: Path) -> None:
+    (folder / "export.json").write_bytes(folders.facts_of("hub", b"", {}))
+    (folder / "mine").symlink_to(folder.parent)
+
+
+def left_out(c: Place) -> list:
+    return c.to("hub", run=rewritten(c.adapter, c.d / "a.safetensors", without_lora,
+                                     warning=APART.format(layouts.LORA)))
+
+
 def nothing_new(place: Path, done) -> None:
     assert not (place / "out").exists() and not list(place.glob(".*"))
 
@@ -476,6 +571,14 @@ CASES = [
     Case("an export over a card that was edited", made_before(edited), 2,
          "error: --out {d}/out: README.md was changed or added since the export; give another folder",
          lambda place, done: (place / "out/README.md").unlink()),
+    Case("an export over a folder with a link of one's own", made_before(linked), 2,
+         "error: --out {d}/out: mine was changed or added since the export; give another folder"),
+    Case("exporting an export's adapter without its LoRA", left_out, 2,
+         "error: {d}/a.safetensors: its LoRA is left out of this file by an export; give the run or the "
+         "adapter that it was made from", nothing_new),
+    Case("a licence that is no identifier", lambda c: c.to("hub", "--license", "CC BY 4.0"), 2,
+         "error: --license 'CC BY 4.0': is no identifier of the hub, such as mit or cc-by-4.0; give one",
+         nothing_new),
     Case("a licence for a folder that has no card", lambda c: c.to("kohya", "--license", "mit"), 2,
          "error: --license is for --to hub, got --to kohya; leave it out", nothing_new),
     Case("a public repository without a name", lambda c: c.to("hub", "--public"), 2,

@@ -13,7 +13,7 @@ from clap2diffusion.sharing.card import make_card
 from clap2diffusion.sharing.proof import make_reference, prove
 from clap2diffusion.sharing.request import push
 
-APART = "its LoRA is left out of this file and lies in {}: load both"
+APART = layouts.LEFT_OUT + " and lies in {}: load both"
 LORA_FILES = {"diffusers": layouts.diffusers_lora, "kohya": layouts.kohya_lora, "peft": layouts.peft_lora}
 LORA_NAMES = {"diffusers": layouts.LORA, "kohya": layouts.KOHYA_LORA, "peft": layouts.PEFT_LORA}
 

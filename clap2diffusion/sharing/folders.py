@@ -33,7 +33,12 @@ def check_out(out: Path) -> None:
         if out.exists() or out.is_symlink():
             raise UserError(f"--out {out}: is not a folder; give a folder that is new or an earlier export")
         return
-    found = {str(path.relative_to(out)) for path in out.rglob("*") if not path.is_dir()}
+    if out.is_mount():
+        raise UserError(f"--out {out}: a disk or volume is mounted there, so it cannot be replaced as a "
+                        "whole; give a folder in it")
+    # a link is what somebody put there, whatever it points to; LOCK is of an export killed at its very end
+    found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_symlink() or not path.is_dir()}
+    found -= {LOCK}
     if not found:
         return
     if FACTS not in found:
@@ -43,7 +48,7 @@ def check_out(out: Path) -> None:
     if not isinstance(known, dict):
         raise UserError(f"--out {out}: its {FACTS} is not of an export; give another folder")
     for name in sorted(found - {FACTS}):
-        if known.get(name) != sha256((out / name).read_bytes()):
+        if (out / name).is_symlink() or known.get(name) != sha256((out / name).read_bytes()):
             raise UserError(f"--out {out}: {name} was changed or added since the export; give another "
                             "folder, so that it is not overwritten")
 
@@ -51,20 +56,24 @@ def check_out(out: Path) -> None:
 @contextmanager
 def whole(out: Path) -> Iterator[Path]:
     """An empty folder to write into, which afterwards is `out`; after an error nothing is left of it.
-    Raises UserError: another process exports to this folder."""
-    temporary, old = (out.with_name(f".{out.name[:40]}.{kind}.tmp") for kind in ("new", "old"))
+    Raises UserError: another process exports to this folder, or what is in it was changed meanwhile."""
+    name = out.name if len(out.name) <= 40 else f"{out.name[:31]}-{sha256(os.fsencode(out.name))[:8]}"
+    temporary, old = (out.with_name(f".{name}.{kind}.tmp") for kind in ("new", "old"))
     left = temporary.exists()
     with files.lock(temporary, flag="--out"):
         if left:
             print(f"{temporary}: left by an interrupted export, removed", flush=True)
         _empty(temporary)
+        if old.exists() and not out.exists():  # killed after it had moved the earlier export aside
+            old.rename(out)
         try:
             yield temporary
-            (temporary / LOCK).unlink()
+            check_out(out)  # the proof took a while
             shutil.rmtree(old, ignore_errors=True)
             if out.exists():
                 out.rename(old)
-            temporary.rename(out)
+            temporary.rename(out)  # with its lock: without it another export would take the folder as left
+            (out / LOCK).unlink()
             shutil.rmtree(old, ignore_errors=True)
         except BaseException:
             if old.exists() and not out.exists():

@@ -20,6 +20,7 @@ KOHYA_LORA, PEFT_LORA, PEFT_CONFIG = ("clap2diffusion_lora.safetensors", "adapte
                                       "adapter_config.json")
 LAYERS = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"}  # our file's: the UNet's
 OF_LORA = re.compile(r"ip_adapter\.(\d+)\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight")
+LEFT_OUT = "its LoRA is left out of this file"  # stands in the warning of such an adapter
 SD15_WIDTHS = {320, 640, 1280}  # of the attentions of Stable Diffusion 1.x
 
 Lora = dict[str, tuple[np.ndarray, np.ndarray]]  # a layer's name in the UNet: down, up

@@ -1,14 +1,16 @@
 """What export.py is asked for, checked before torch loads: adapter, base model, folder, the hub's login."""
 
 import argparse
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
 from clap2diffusion.base.exits import RunFailed, UserError
 from clap2diffusion.pictures.inputs import adapter_facts, find_adapter, find_base
 from clap2diffusion.sharing import folders
-from clap2diffusion.sharing.layouts import has_lora, read_adapter
+from clap2diffusion.sharing.layouts import LEFT_OUT, has_lora, read_adapter
 
+LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")  # as the hub's identifiers are
 FOR_HUB = ("license", "base_license", "data_license", "push", "public")
 
 
@@ -21,9 +23,15 @@ def check_request(args: argparse.Namespace) -> argparse.Namespace:
         raise UserError(f"--{given[0].replace('_', '-')} is for --to hub, got --to {args.to}; leave it out")
     if args.public and not args.push:
         raise UserError("--public is for --push NAME; give a name, or leave it out")
+    if args.license and not LICENSE_ID.fullmatch(args.license):
+        raise UserError(f"--license {args.license!r}: is no identifier of the hub, such as mit or cc-by-4.0; "
+                        "give one (other, if it is none of them)")
     adapter_path = find_adapter(args.run)
     facts, tensors = adapter_facts(adapter_path), read_adapter(adapter_path)
     lora = has_lora(tensors)
+    if not lora and LEFT_OUT in facts.get("warning", ""):
+        raise UserError(f"{adapter_path}: {LEFT_OUT} by an export; give the run or the adapter that it was "
+                        "made from")
     if not lora and args.to in ("kohya", "peft"):
         raise UserError(f"{adapter_path}: holds no LoRA (it is of {facts['stage']}), so there is nothing for "
                         f"{args.to}; give a run whose stage 2 trained one, or take --to diffusers")
@@ -66,6 +74,10 @@ def told(name: str, kept: str = ""):
         if status in (401, 403):
             raise UserError(f"--push {name}: the hub refuses this token (HTTP {status}); log in with: hf "
                             f"auth login, with a token that may write there{kept}") from None
+        if status and 400 <= status < 500 and status != 429:  # asking again would not help
+            said = " ".join(str(error).split())
+            raise RunFailed(f"--push {name}: the hub refuses it (HTTP {status}: {said:.200}); mend that and "
+                            f"run the same command again{kept}") from None
         why = f"HTTP {status}" if status else type(error).__name__
         raise RunFailed(f"--push {name}: the hub did not take it ({why}); run the same command again when it "
                         f"can be reached{kept}") from None
