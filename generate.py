@@ -22,6 +22,7 @@ from clap2diffusion.base.settings import (
     LCM_GUIDANCE,
     SEED,
     Number,
+    Once,
     check_sampling,
     model_flags,
     new_parser,
@@ -36,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     sound = parser.add_argument_group("sound", "several files are mixed into one sound, unless --each, "
                                       "--interpolate or --every is given")
     add = sound.add_argument
-    add("--audio", nargs="+", required=True, metavar="FILE",
+    add("--audio", nargs="+", required=True, metavar="FILE", action=Once, instead="give all files behind one",
         help="sound files, or videos whose sound is used: any format that libsndfile or FFmpeg reads")
     add("--weights", nargs="+", type=Number(float, 0), metavar="W",
         help="level of each file in the mix, one a file (default: all alike; 0 leaves a file out)")

@@ -629,13 +629,26 @@ def test_a_sheet_made_in_batches_has_each_picture_in_its_column(run, world, monk
         return [Image.new("RGB", (size, size), (int(255 * abs(one[0])), 50 * seed, int(255 * abs(one[1]))))
                 for one, seed in zip(audio_embeds, seeds, strict=True)]
     monkeypatch.setattr(report, "pictures", pictures)
-    monkeypatch.setattr(report, "load_stock_pipeline", lambda *args, **more: None)
+    asked = []
+    monkeypatch.setattr(report, "load_stock_pipeline", lambda *args, **more: asked.append((args[3], more)))
     stages = History(run / "stage3/adapter.safetensors").stages
     alone, batched = (report.make_sheet(stages, evaluate.build_parser().parse_args(
-        ["--data-root", str(world), "--columns", "5", "--batch-size", n])) for n in ("1", "2"))
+        ["--data-root", str(world), "--columns", "5", "--batch-size", n, "--scheduler", "lcm", "--precision",
+         "bf16", "--frozen-dtype", "nf4", "--lora", "mine"])) for n in ("1", "2"))
+    how = {"scheduler": "lcm", "lora": "mine", "lora_scale": None, "frozen_dtype": "nf4", "compile": False}
+    assert asked == 6 * [(torch.bfloat16, how)]  # as it was asked, each of three stages
     assert alone.tobytes() == batched.tobytes()
     silence = [alone.getpixel((104 + i * 132 + 64, 22 + 5 * 132 + 64)) for i in range(5)]
     assert silence == [(0, 50 * i, 0) for i in range(5)]  # each column its own noise, and no sound
+
+
+def test_how_pictures_were_drawn_is_written_down():
+    def told(*flags) -> dict:
+        args = evaluate.build_parser().parse_args(["--steps", "4", *flags])
+        return {key: value for key, value in evaluation.drawn_how(args).items() if key in evaluation.ASKED}
+    assert told() == {}
+    assert told("--lora", "x", "--lora-scale", "0") == {"lora": "x", "lora_scale": 0}
+    assert told("--frozen-dtype", "nf4", "--compile") == {"frozen_dtype": "nf4", "compile": True}
 
 
 def test_a_report_needs_the_stage_that_wrote_the_adapter(huber, copied):

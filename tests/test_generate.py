@@ -26,7 +26,7 @@ from clap2diffusion.dataset.encoders import CLAPAudioEncoder
 from clap2diffusion.pictures import generation, pipelines
 from clap2diffusion.pictures.generation import embed, mix, slerp, window_starts
 from clap2diffusion.pictures.heat_maps import Recorder, record
-from clap2diffusion.pictures.loras import check_lora
+from clap2diffusion.pictures.loras import _as_diffusers, check_lora
 from clap2diffusion.pictures.pipelines import listening
 from clap2diffusion.pictures.sheets import tile
 
@@ -285,6 +285,19 @@ def test_compile_is_for_the_transformer_blocks_alone(adapter):
     assert compiled == {"BasicTransformerBlock"}
 
 
+def test_what_compile_needs_is_looked_for_before_a_model_loads(monkeypatch):
+    from clap2diffusion.base import device
+    monkeypatch.setenv("CXX", "/none/g++")
+    with pytest.raises(UserError, match="--compile: torch compiles with /none/g.., which is not installed"):
+        device.pick_device("cpu", "fp32", compile=True)
+    assert device.pick_device("cpu", "fp32")[0].type == "cpu"
+    monkeypatch.setattr(device.shutil, "which", lambda name: name == "clang")
+    device._check_compiler(torch.device("cuda"))
+    monkeypatch.delenv("CXX")
+    with pytest.raises(UserError, match="with g.., which"):
+        device._check_compiler(torch.device("cpu"))
+
+
 def altered_lora(path: Path, change) -> Path:
     """A LoRA in kohya's names after change(tensors)."""
     from safetensors.torch import load_file, save_file
@@ -301,6 +314,7 @@ def renamed(old: str, new: str):
     return change
 
 
+QUERY = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_q"
 MID = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_q"
 
 
@@ -309,7 +323,7 @@ MID = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_q"
     (renamed("lora_unet_", "lora_te2_"), "for this base model, not for Stable Diffusion XL"),
     (renamed("lora_unet_", "base_model.model."), "named as diffusers or kohya name it"),
     (renamed("lora_unet_", "transformer."), "named as diffusers or kohya name it"),
-    (renamed(f"{MID}.lora_up.weight", f"{MID}.hada_w1_a"), "is no plain LoRA: LoHa, LoKr and DoRA cannot"),
+    (renamed(f"{MID}.lora_up.weight", f"{MID}.hada_w1_a"), "is no plain LoRA; LoHa, LoKr, DoRA and biases"),
     (lambda t: t.update({f"{MID}.dora_scale": torch.ones(128)}), "holds .*dora_scale, and is no plain LoRA"),
     (lambda t: t.pop(f"{MID}.lora_up.weight"), "without its other half"),
     (lambda t: t.update({f"{MID}.lora_down.weight": torch.ones(4, 320)}),
@@ -317,7 +331,18 @@ MID = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_q"
     (lambda t: t.update({f"{MID}.lora_up.weight": torch.ones(128, 8)}), "is 128 x 8, .* expects 128 x 4"),
     (lambda t: t.update({f"{MID}.lora_up.weight": torch.ones(128, 4, 1, 1)}), "is 128 x 4 x 1 x 1, the"),
     (renamed(MID, "ip_adapter.1.to_k_ip"), "is an adapter to sounds or pictures, not a LoRA; give it with"),
-], ids=["renamed", "XL", "PEFT", "Flux", "LoHa", "DoRA", "half", "SD 1.5", "rank", "convolution", "adapter"])
+    (lambda t: t.update({f"{MID}.alpha": torch.ones(2)}), f"its {MID}.alpha is 2, expected one number"),
+    (lambda t: t.update({f"{MID}.lora_down.weight": torch.ones(0, 128), f"{MID}.lora_up.weight": torch.ones(
+        128, 0)}), "is 0 x 128, the layer of .* expects 1 x 128"),
+    (lambda t: t.update({f"{MID}.lora_up.weight": torch.ones(128, 4, dtype=torch.int8)}),
+     r"is of whole numbers \(I8\); expected floating point"),
+    (renamed(MID, "lora_unet_mid_block_attentions_0_norm"), "belong to no layer of .*attentions_0_norm"),
+    (renamed(MID, "lora_te_text_model_embeddings_token_embedding"), "to no layer of .*token_embedding"),
+    (lambda t: t.update({f"{QUERY}.lora_A.weight": torch.ones(4, 128)}),
+     f"holds {MID}.lora_down.weight and {QUERY}.lora_A.weight, which are the same half of one layer"),
+    (lambda t: t.update({f"{QUERY}.lora_B.bias": torch.ones(4, 128)}), "LoHa, LoKr, DoRA and biases cannot"),
+], ids=["renamed", "XL", "PEFT", "Flux", "LoHa", "DoRA", "half", "SD 1.5", "rank", "convolution", "adapter",
+        "two alphas", "rank 0", "int8", "norm", "embedding", "twice", "bias"])
 def test_a_lora_that_is_not_for_this_base_model_is_refused(change, says, tmp_path):
     with pytest.raises(UserError, match=says) as error:
         check_lora(str(altered_lora(tmp_path / "mine.safetensors", change)), BASE)
@@ -325,19 +350,86 @@ def test_a_lora_that_is_not_for_this_base_model_is_refused(change, says, tmp_pat
     assert said.startswith(f"--lora {tmp_path}/mine.safetensors: ") and "\n" not in said
 
 
+@pytest.mark.parametrize("flags, says", [
+    (["--lora", "a", "--lora", "a"], "--lora: is given twice; one LoRA can be used"),
+    (["--audio", "b"], "--audio: is given twice; give all files behind one")], ids=["LoRA", "audio"])
+def test_a_flag_given_twice_does_not_lose_the_first(flags, says):
+    with pytest.raises(UserError, match=says):
+        generate.build_parser().parse_args(["--audio", "a", *flags])
+
+
 def test_a_lora_of_which_diffusers_takes_a_part_is_refused(adapter, tmp_path, monkeypatch):
     from diffusers import StableDiffusionPipeline
     path, _ = write_lora(tmp_path / "mine.safetensors", "peft")
     load = StableDiffusionPipeline.load_lora_weights
-
-    def in_part(pipe, folder, weight_name=None, **more):
-        from safetensors.torch import load_file
-        if weight_name:
-            folder = {name: one for name, one in load_file(path).items() if "proj_in" not in name}
-        return load(pipe, folder, **{key: one for key, one in more.items() if key == "adapter_name"})
-    monkeypatch.setattr(StableDiffusionPipeline, "load_lora_weights", in_part)
+    monkeypatch.setattr(StableDiffusionPipeline, "load_lora_weights", lambda pipe, given, **more: load(
+        pipe, {name: one for name, one in given.items() if "proj_in" not in name}, **more))
     with pytest.raises(UserError, match="diffusers took 5 of its 6 layers"):
         LOAD(BASE, adapter, lora=path)
+
+
+def test_a_lora_in_every_name_and_with_every_factor_counts_as_it_was_trained(tmp_path):
+    """By diffusers' names with kohya's alpha; by those of its first versions; in half precision with a small
+    alpha, where half the digits would be lost; by both libraries' names, a layer each."""
+    from safetensors.torch import load_file, save_file
+    pipe, path = pipelines.load_base_pipeline(BASE, vae=None), tmp_path / "mine.safetensors"
+    kinds = {kind: (load_file(write_lora(path, kind)[0]), write_lora(path, kind)[1])
+             for kind in ("peft", "old", "kohya")}
+    new, deltas = kinds["peft"]
+    to_q, to_out = (f"mid_block.attentions.0.transformer_blocks.0.{one}" for one in (
+        "attn2.to_q", "attn1.to_out.0"))
+    first = {name.replace(f"{to_q}.lora", f"{to_q[:-5]}.processor.to_q_lora")
+             .replace(f"{to_out}.lora", f"{to_out[:-9]}.processor.to_out_lora"): one
+             for name, one in kinds["old"][0].items()}
+    text = "text_encoder.text_model.encoder.layers.0.mlp.fc2"
+    first |= {f"{text}.lora_linear_layer.down.weight": units(4, 256),
+              f"{text}.lora_linear_layer.up.weight": units(128, 4)}
+    mixed = {name: one for name, one in kinds["kohya"][0].items() if "proj_in" not in name}
+    for tensors, expected in (
+            (new | {f"unet.{to_q}.alpha": torch.tensor(1)}, deltas | {to_q: deltas[to_q] / 4}),
+            (first, deltas | {text[24:]: units(128, 4) @ units(4, 256)}),
+            ({name: torch.tensor(4e-5) if "alpha" in name else (one * 0.01 if "up" in name else one).half()
+              for name, one in kinds["kohya"][0].items()},
+             {layer: delta * 1e-7 for layer, delta in deltas.items()}),
+            (mixed | {name: one for name, one in new.items() if "proj_in" in name},
+             kinds["kohya"][1] | {(one := "mid_block.attentions.0.proj_in"): deltas[one]})):
+        save_file(tensors, path)
+        check_lora(str(path), BASE)
+        found = {name.partition(".")[2].removeprefix("text_model."): one
+                 for name, one in _as_diffusers(path, pipe).items()}
+        assert {name.rpartition(".lora")[0] for name in found} == expected.keys()
+        for layer, delta in expected.items():
+            product = found[f"{layer}.lora_B.weight"].flatten(1) @ found[f"{layer}.lora_A.weight"].flatten(1)
+            assert far(product.view(delta.shape), delta) < 2e-3 * delta.abs().max(), layer
+
+
+def test_the_factors_of_a_loraconfig_in_the_header_are_those_that_peft_takes(tmp_path):
+    """By diffusers' own reading of a file that diffusers has written."""
+    from diffusers import StableDiffusionPipeline
+    from peft import LoraConfig, get_peft_model_state_dict
+    from safetensors.torch import load_file, save_file
+    pipe = pipelines.load_base_pipeline(BASE, vae=None)
+    pipe.unet.add_adapter(LoraConfig(
+        r=4, lora_alpha=6, target_modules=["attn2.to_q", "attn2.to_k"], use_rslora=True,
+        init_lora_weights=False, rank_pattern={"attn2.to_k": 2},
+        alpha_pattern={"mid_block.attentions.0.*attn2.to_q": 3}), "its")
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path, get_peft_model_state_dict(pipe.unet, adapter_name="its"),
+        unet_lora_adapter_metadata=pipe.unet.peft_config["its"].to_dict())
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    check_lora(str(path), BASE)
+    found, factors = {**_as_diffusers(path, pipe)}, set()
+    for name, layer in pipe.unet.named_modules():
+        if hasattr(layer, "get_delta_weight"):
+            ours = found.pop(f"unet.{name}.lora_B.weight") @ found.pop(f"unet.{name}.lora_A.weight")
+            assert far(ours, layer.get_delta_weight("its")) < 1e-6
+            factors.add(layer.scaling["its"])
+    assert not found and len(factors) == 3
+    for text, says in (("{half", "cannot be read"), ("[]", "cannot be read"),
+                       ('{"unet.use_dora": true}', "DoRA"), ('{"unet.lora_alpha": "6"}', "cannot be read")):
+        save_file(load_file(path), path, {"lora_adapter_metadata": text})
+        with pytest.raises(UserError, match=f"{path}: its header's lora_adapter_metadata .*{says}"):
+            check_lora(str(path), BASE)
 
 
 def test_pictures_that_are_judged_are_kept_apart_by_how_they_were_drawn(adapter, tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 from pathlib import Path
 
 import diffusers
@@ -16,9 +17,10 @@ from clap2diffusion.base.notes import print_notes_of
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.bfloat16}  # nf4: what is not in 4 bits
 
 
-def pick_device(device: str, precision: str):
+def pick_device(device: str, precision: str, compile: bool = False):
     """Return (torch.device, autocast): autocast() is a context in bfloat16, or a plain one for fp32.
-    Raises UserError: CUDA was asked for and is not there, or it has no BF16."""
+    Raises UserError: CUDA was asked for and is not there, or it has no BF16, or torch.compile was asked for
+    and what it compiles with is not there."""
     quiet_libraries()
     cuda = torch.cuda.is_available()
     if device == "cuda" and not cuda:
@@ -34,7 +36,18 @@ def pick_device(device: str, precision: str):
     bf16 = precision == "bf16"
     if found.type == "cuda" and bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(f"{torch.cuda.get_device_name()} has no BF16; use --precision fp32")
+    if compile:
+        _check_compiler(found)
     return found, lambda: torch.autocast(found.type, dtype=torch.bfloat16, enabled=bf16)
+
+
+def _check_compiler(device: torch.device) -> None:
+    variable, names = ("CC", ("gcc", "clang")) if device.type == "cuda" else ("CXX", ("g++",))
+    if given := os.environ.get(variable):
+        names = (given,)
+    if not any(map(shutil.which, names)):
+        raise UserError(f"--compile: torch compiles with {' or '.join(names)}, which is not installed here; "
+                        "install it (apt install g++), or leave --compile out")
 
 
 def describe_numbers(device: torch.device, cfg) -> str:

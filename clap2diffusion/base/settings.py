@@ -69,6 +69,20 @@ SEED, SHARE, COUNT = Number(int, 0, 2 ** 31 - 1), Number(float, 0, 1), Number(in
 SWITCH = {"action": argparse.BooleanOptionalAction}  # add("--flip", **SWITCH, ...) makes --flip and --no-flip
 
 
+class Once(argparse.Action):
+    """For a flag that one may want to give several times: the last one would win, and the others be lost."""
+
+    def __init__(self, *args, instead: str, **more):
+        """instead: what to do, for the error's sentence."""
+        super().__init__(*args, **more)
+        self.instead = instead
+
+    def __call__(self, parser, args, values, option_string=None):
+        if getattr(args, self.dest) is not self.default:
+            raise UserError(f"{option_string}: is given twice; {self.instead}")
+        setattr(args, self.dest, values)
+
+
 def check_text(text: str, where: str) -> None:
     """Raises UserError: the text holds half a surrogate pair, as which a byte reaches Python that is not
     UTF-8."""
@@ -275,7 +289,8 @@ def sampling_flags(parser: argparse.ArgumentParser) -> None:
         help="base = the base model's own; dpm, unipc: made for few steps, such as --steps 8; lcm: for 4 "
         "steps without guidance, with an LCM LoRA as --lora; ddim: what Hyper-SD's LoRAs ask for, with "
         "--guidance 1 (default: base)")
-    add("--lora", default="", metavar="FILE",
+    add("--lora", default="", metavar="FILE", action=Once, instead="one LoRA can be used, so merge several "
+        "into one file",
         help="a LoRA for the base model beside the adapter, such as an LCM LoRA: safetensors, with "
         "diffusers' or kohya's names ('' = none)")
     add("--lora-scale", type=Number(float, 0, 10), metavar="X", help="strength of --lora (default: 1)")

@@ -53,7 +53,7 @@ class StageRun:
         with, found in RUN or in --init-from. models: None with --dry-run alone, see find_models()."""
         self.stage, self.cfg, self.models, self.before, self.lr_at = stage, cfg, models, {}, lr_at
         self.code = code_hashes()  # now: features may take hours, in which a file can be edited
-        self.device, self.autocast = pick_device(cfg.device, cfg.precision)
+        self.device, self.autocast = pick_device(cfg.device, cfg.precision, cfg.compile)
         if cfg.dry_run:
             if models:
                 self._check_models()

@@ -65,7 +65,7 @@ class Subject:
             key["lora"] = hashlib.sha256(Path(args.lora).read_bytes()).hexdigest(), args.lora_scale
         if args.frozen_dtype:
             key["frozen_dtype"] = args.frozen_dtype
-        key["adapter"] = hashlib.sha256(self.adapter_path.read_bytes()).hexdigest()
+        key["adapter"] = self.sha256 = hashlib.sha256(self.adapter_path.read_bytes()).hexdigest()
         key = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
         self.pictures_dir = self.folder / "evaluation" / key
 
@@ -73,11 +73,12 @@ class Subject:
         """Load the models and embed every clip."""
         args = self.args
         device, _ = pick_device(args.device, args.precision)
-        base = hub.find_trained(args.base_model, self.facts["base_model"], "base model", self.adapter_path)
+        self.base = hub.find_trained(args.base_model, self.facts["base_model"], "base model",
+                                     self.adapter_path)
         self.encoder = load_clap(args.clap_model, self.facts, self.adapter_path)
         self.audio_embeds = self.hear(clips)  # (n, E)
         dtype = DTYPES[args.precision]
-        self.pipe = load_stock_pipeline(base, self.adapter_path, device, dtype, **sampling(args))
+        self.pipe = load_stock_pipeline(self.base, self.adapter_path, device, dtype, **sampling(args))
         if args.noise:  # layer-normalised noise in place of audio_tokens (B, N, D): no sound at all
             generator = torch.Generator().manual_seed(args.seed)
             self.pipe.unet.encoder_hid_proj.image_projection_layers[0].register_forward_hook(
@@ -431,7 +432,7 @@ def evaluate_run(args: argparse.Namespace, world) -> None:
     remarks = [*clips.remarks(), *properties_remark(clips, world)]
     print(*(f"warning: {line}" for line in remarks), sep="\n", end="\n" * bool(remarks), flush=True)
     some = Clips(data_root, "val", SWEEP_CLIPS, facts["image_size"]) if args.guidance_sweep else None
-    judged = Judged(Judge(args.judge, pick_device(args.device, args.precision)[0]), clips)
+    judged = Judged(Judge(args.judge, pick_device(args.device, args.precision, args.compile)[0]), clips)
     accuracy = check_judge(judged, args)
     subject.load(clips)
     sweep = sweep_guidance(subject, judged.judge, some) if some else []
@@ -443,12 +444,11 @@ def evaluate_run(args: argparse.Namespace, world) -> None:
         "format": 2, "run": args.run, "adapter": str(subject.adapter_path), "data_root": str(data_root),
         "split": args.split, "n": len(clips.rows), "n_single": len(clips.single), "n_pairs": len(clips.pairs),
         "labelled": clips.labelled, "quick": args.quick, "trained": {key: facts[key] for key in TRAINED},
-        "settings": {key: getattr(args, key) for key in SETTINGS} | {
-            key: getattr(args, key) for key in ASKED
-            if getattr(args, key) and (args.lora or "lora" not in key)},
+        "settings": drawn_how(args),
         "judge": {"name": args.judge, "accuracy": accuracy, "n": len(clips.single)}, **found,
         "guidance_sweep": sweep,
         "warnings": [*unproven(subject), *remarks, *warnings_of(found["diversity"])],
+        "adapter_sha256": subject.sha256, "unet": hub.fingerprint(subject.base / "unet"),
         "training": subject.history.curves(), "git_commit": git_commit()}
     if args.against:
         other = Subject(args.against, args)
@@ -462,6 +462,12 @@ def evaluate_run(args: argparse.Namespace, world) -> None:
         evaluation["against"] = {"run": args.against, "measures": found_b["measures"],
                                  "clips": found_b["clips"], "comparison": comparison, "equal": shared.line}
     write_evaluation(subject.folder / f"evaluation{'-noise' if args.noise else ''}", evaluation)
+
+
+def drawn_how(args: argparse.Namespace) -> dict:
+    """The settings of the pictures, as evaluation.json has them."""
+    asked = [key for key in ASKED if (args.lora if "lora" in key else getattr(args, key))]
+    return {key: getattr(args, key) for key in (*SETTINGS, *asked)}
 
 
 def write_evaluation(stem: Path, evaluation: dict) -> None:

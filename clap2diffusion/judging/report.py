@@ -27,7 +27,7 @@ from clap2diffusion.judging.history import History, Stage
 from clap2diffusion.judging.page import TEMPLATES, heading
 from clap2diffusion.pictures.generation import embed, load_clap
 from clap2diffusion.pictures.inputs import adapter_facts, find_adapter
-from clap2diffusion.pictures.pipelines import load_stock_pipeline, pictures
+from clap2diffusion.pictures.pipelines import load_stock_pipeline, pictures, sampling
 from clap2diffusion.pictures.sheets import contact_sheet, spectrogram, write_png
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "numpy")
@@ -54,12 +54,11 @@ def make_sheet(stages: list[Stage], args: argparse.Namespace) -> Image.Image:
     audio_embeds = torch.cat([embed(encoder, str(row.audio_path)) for row in rows])  # (n, E)
     columns = [[spectrogram(load_waveform(row.audio_path, rate, encoder.window_s)[0], rate), scene]
                for row, scene in zip(rows, scenes)]
-    device, _ = pick_device(args.device, "fp32")
-    dtype = DTYPES[settings["precision"]] if device.type == "cuda" else torch.float32
+    device, _ = pick_device(args.device, args.precision, args.compile)
     base = hub.find_trained(args.base_model, settings["base_model"], "base model", adapter_path)
     for stage in stages:
-        pipe = load_stock_pipeline(base, find_adapter(str(stage.folder)), device, dtype,
-                                   scheduler=args.scheduler, lora=args.lora, lora_scale=args.lora_scale)
+        pipe = load_stock_pipeline(base, find_adapter(str(stage.folder)), device,
+                                   DTYPES[args.precision], **sampling(args))
         silence = [torch.zeros_like(audio_embeds)] if stage is stages[-1] else []
         for embeds in (audio_embeds, *silence):
             for at in range(0, len(rows), args.batch_size):

@@ -97,7 +97,7 @@ def window_starts(duration_s: float, window_s: float, every_s: float) -> list[fl
 def generate(args: argparse.Namespace, request: argparse.Namespace) -> None:
     """Make and write the pictures that generate.py's flags, checked by check_request(), ask for.
     Raises UserError: the device is missing, CLAP is not the adapter's, or a sound cannot be used."""
-    device, adapter_path = pick_device(args.device, args.precision)[0], request.adapter_path
+    device, adapter_path = pick_device(args.device, args.precision, args.compile)[0], request.adapter_path
     if request.facts["warning"]:
         print(f"warning: {adapter_path}: {request.facts['warning']}", file=sys.stderr, flush=True)
     encoder = load_clap(args.clap_model, request.facts, adapter_path)
