@@ -231,6 +231,49 @@ def test_what_is_shown_of_a_run(run, tmp_path):
     assert "█▁  loss, 2 log lines\n" in said and "val_right 0.50000\n" in said
 
 
+def test_a_stage_that_cannot_be_read_does_not_end_the_screen(tmp_path):
+    """Half a result, a line without a step, infinite losses, more steps done than are asked for now."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        from watch import describe_stage
+    finally:
+        sys.path.pop(0)
+    (tmp_path / "config.json").write_text('{"steps": 10}')
+    log, name = tmp_path / "log.jsonl", tmp_path.name
+    for text, says in (('{"loss": 1}', "cannot be read now (KeyError: 'step')"),
+                       ('{"loss": 1, "step": "x"}', "cannot be read now (TypeError: ")):
+        log.write_text(f"{text}\n")
+        [said] = describe_stage(tmp_path)
+        assert said.startswith(f"{name}  {says}")
+    log.write_text("".join(json.dumps({"step": step, "loss": loss, "s_per_step": 60}) + "\n"
+                           for step, loss in ((5, 2.0), (10, float("inf")), (20, 1.0))))
+    said = "\n".join(describe_stage(tmp_path))
+    assert "20 of 10 (200%)" in said and "at least 0:00:00 left" in said and "█▁  loss, 3 log lines" in said
+    (tmp_path / "result.json").write_text('{"steps": 20}')
+    (tmp_path / "final.safetensors").write_text("")
+    assert describe_stage(tmp_path) == [f"{name}  cannot be read now (KeyError: 'validation')"]
+
+
+@pytest.mark.parametrize("which, says", [
+    ("runs", "holds the runs a, b; give one of them, such as {d}/runs/a"),
+    ("runs/a/stage1", "is the folder of one stage; give the run's, {d}/runs/a")], ids=["runs", "stage"])
+def test_a_folder_that_is_no_run(which, says, tmp_path):
+    for run in "ab":
+        (tmp_path / f"runs/{run}/stage1").mkdir(parents=True)
+        (tmp_path / f"runs/{run}/stage1/config.json").write_text("{}")
+    done = script("tools/watch.py", tmp_path / which)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == f"error: {tmp_path / which}: {says.format(d=tmp_path)}"
+
+
+def test_what_a_driver_says_of_what_it_does_not_know_is_left_out(nvml, monkeypatch):
+    monkeypatch.setattr(nvml, "nvmlDeviceGetUtilizationRates",
+                        lambda handle: SimpleNamespace(gpu=2 ** 32 - 1))
+    monkeypatch.setattr(nvml, "nvmlDeviceGetPowerUsage", lambda handle: 2 ** 32 - 1)
+    assert watching.Driver().read(0) == {
+        "gpu_memory_mb": 3 * 1024, "gpu_memory_total_mb": 80 * 1024, "gpu_celsius": 64}
+
+
 def test_a_run_that_is_not_there(tmp_path):
     done = script("tools/watch.py", tmp_path / "none")
     assert done.returncode == 2 and done.stderr.splitlines()[-1] == (
@@ -248,7 +291,8 @@ def test_the_screen_ends_and_gives_the_terminal_back(how, tmp_path):
         shown = b""
         while b"q leaves" not in shown:
             shown += os.read(ours, 4096)
-        assert b"\x1b[?1049h" in shown and b"stage1  not begun" in shown and watch.poll() is None
+        assert b"\x1b[?1049h" in shown and b"\x1b[?7l" in shown  # lines that are too wide are cut
+        assert b"stage1  not begun" in shown and watch.poll() is None
         if how == "the key q":
             os.write(ours, b"q")
         else:

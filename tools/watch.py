@@ -8,6 +8,7 @@ It reads the run's logs and asks the GPU's driver. The run does not notice. In t
 
 import contextlib
 import json
+import math
 import os
 import select
 import shutil
@@ -19,13 +20,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from clap2diffusion.base.exits import UserError, run_main  # noqa: E402
-from clap2diffusion.base.settings import new_parser  # noqa: E402
+from clap2diffusion.base.settings import Number, new_parser  # noqa: E402
 from clap2diffusion.engine.watching import Driver, describe  # noqa: E402
 
 EVERY_S = 2
 TAIL_BYTES = 200_000  # of a log: a validation's line has 2 kB
 SHOWN = ("loss", "grad_norm", "lr", "tanh_gate")
-TERMINAL = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"  # a screen of its own without a cursor, and back
+# a screen of its own without a cursor, on which a line too wide (a letter may take two places) is cut; back
+TERMINAL = "\x1b[?1049h\x1b[?25l\x1b[?7l", "\x1b[?7h\x1b[?25h\x1b[?1049l"
 FULL, EMPTY, CURVE = "█", "░", "▁▂▃▄▅▆▇█"
 ASCII = str.maketrans(f"{FULL}{EMPTY}{CURVE}°", "#.12345678 ")  # for a terminal without them
 BOLD, DIM, PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[0m"
@@ -34,19 +36,20 @@ BOLD, DIM, PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[0m"
 def build_parser():
     parser = new_parser(__doc__)
     parser.add_argument("run", nargs="?", default="runs/tiny", help="run folder")
-    parser.add_argument("--until", type=int, default=0, metavar="PID",
+    parser.add_argument("--until", type=Number(int, 0, 2 ** 31 - 1), default=0, metavar="PID",
                         help="wait for a run that has not begun, and end with this process")
     return parser
 
 
 def last_lines(path: Path) -> list[str]:
-    """Those of a log's end that are whole."""
-    if not path.exists():
+    """Those of a log's end that are whole; none of a log that cannot be read."""
+    try:  # --fresh may just have moved it away
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - TAIL_BYTES))
+            lines = file.read().decode("utf-8", "replace").split("\n")
+    except OSError:
         return []
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - TAIL_BYTES))
-        lines = file.read().decode("utf-8", "replace").split("\n")
     return lines[size > TAIL_BYTES:-1]
 
 
@@ -66,7 +69,7 @@ def read_file(path: Path) -> dict:
 
 
 def clock(seconds: float) -> str:
-    seconds = int(seconds)
+    seconds = int(max(0, seconds))
     return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
 
@@ -77,7 +80,7 @@ def draw_bar(share: float, width: int) -> str:
 
 def draw_curve(values: list[float], width: int) -> str:
     """Means of `width` pieces of a curve, from the lowest to the highest."""
-    values = [value for value in values if value == value]  # not NaN
+    values = [value for value in values if math.isfinite(value)]
     if len(values) < 2:
         return ""
     pieces = min(width, len(values))
@@ -87,8 +90,15 @@ def draw_curve(values: list[float], width: int) -> str:
     return "".join(CURVE[int(7.99 * (mean - low) / (high - low or 1))] for mean in means)
 
 
-def describe_stage(folder: Path) -> Iterator[str]:
+def describe_stage(folder: Path) -> list[str]:
     """Lines on one stage, the first with its name."""
+    try:
+        return list(_describe_stage(folder))
+    except (OSError, KeyError, IndexError, TypeError, ValueError) as error:
+        return [f"{folder.name}  cannot be read now ({type(error).__name__}: {error})"]
+
+
+def _describe_stage(folder: Path) -> Iterator[str]:
     name, steps = folder.name, read_file(folder / "config.json").get("steps", 0)
     result = read_file(folder / "result.json")
     if result and (folder / "final.safetensors").exists():
@@ -187,6 +197,11 @@ def main() -> None:
     run = Path(args.run)
     if not run.is_dir() and not args.until:
         raise UserError(f"{run}: no such run; expected the folder of --run, such as runs/tiny")
+    if (run / "config.json").exists():
+        raise UserError(f"{run}: is the folder of one stage; give the run's, {run.absolute().parent}")
+    if not list(run.glob("*/config.json")) and (runs := sorted(
+            {path.parents[1].name for path in run.glob("*/*/config.json")})):
+        raise UserError(f"{run}: holds the runs {', '.join(runs)}; give one of them, such as {run / runs[0]}")
     try:
         driver = Driver()
     except ImportError:  # no GPU of NVIDIA's, or no package for it

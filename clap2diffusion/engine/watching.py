@@ -4,6 +4,7 @@ At log steps alone: a GPU's driver is asked by its library NVML (package nvidia-
 system. Where there is no such package, driver or figure, its field is missing, and nothing is said. No torch
 at the top: tools/watch.py asks the driver too."""
 
+import math
 import multiprocessing
 import os
 import time
@@ -84,7 +85,9 @@ class Driver:
         found = {"gpu_percent": rates and rates.gpu, "gpu_memory_mb": memory and memory.used / 2 ** 20,
                  "gpu_memory_total_mb": memory and memory.total / 2 ** 20,
                  "gpu_watts": None if watts is None else watts / 1000, "gpu_celsius": celsius}
-        return {key: round(float(value), 1) for key, value in found.items() if value is not None}
+        most = {"gpu_percent": 100, "gpu_watts": 10_000, "gpu_celsius": 200}  # more says: not known
+        return {key: round(float(value), 1) for key, value in found.items()
+                if value is not None and value <= most.get(key, math.inf)}
 
 
 class GpuMeter:
