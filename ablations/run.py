@@ -34,7 +34,7 @@ import common
 import evaluate
 from clap2diffusion.base import files, hub, statistics, tensor_file
 from clap2diffusion.base.exits import RunFailed, UserError, run_main
-from clap2diffusion.base.settings import Number, new_parser
+from clap2diffusion.base.settings import Number, check_sampling, new_parser
 from clap2diffusion.judging import metrics
 from clap2diffusion.judging.clips import Clips
 from clap2diffusion.judging.evaluation import Judged, Subject, follow_properties
@@ -161,6 +161,7 @@ def judge_run(folder: Path, name: str, judged: Judged, gate: float | None = None
         return files.read_json(kept)
     clips, everyone = judged.clips, list(range(len(judged.clips.rows)))
     options = evaluate.build_parser().parse_args(["--run", str(folder)])
+    check_sampling(options)
     options.gate = gate
     if name == "appended":
         images = appended_pictures(folder / "final.safetensors", clips, options)

@@ -2,6 +2,7 @@
 
     python bench/demo.py                    # after the default run; writes bench/results/live-*
     python bench/demo.py --audio rain.wav   # another sound
+    python bench/demo.py --smoke            # of an adapter that was trained for one step
 
 Each piece goes through Page.feed() and Page.now(), which the tab's two events call: the
 window's embedding, the few steps, the picture. CPU seconds of a picture are those of all threads."""
@@ -31,6 +32,7 @@ add("--base-model", default="", help="another base model ('' = the one of traini
 add("--clap-model", default="", help="where the CLAP lies now ('' = where it was in training)")
 add("--audio", default="", help="sound to stream, again and again ('' = the examples of the run's data)")
 add("--pictures", type=Number(int, 2), default=60, help="pictures that are timed, after 5 to warm up")
+add("--smoke", action="store_true", help="two pictures, of a small sound world and an adapter made for it")
 add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto = CUDA if torch sees it")
 
 
@@ -50,6 +52,11 @@ def pieces(args, data: OwnData):
 def main(args, place: Path) -> None:
     from clap2diffusion.demo.page import Page  # here: --help needs no gradio
     from clap2diffusion.demo.studio import LIVE_SCHEDULER, LIVE_STEPS, Studio
+    if args.smoke:
+        args.pictures, args.run, args.data_root = 2, place / "run", str(place / "world")
+        flags = tools.stage_flags(tools.make_world(place / "world", 16), tools.TINY, 64)
+        tools.call("train_stage1.py", *flags, "--run", args.run, "--batch-size", 1, "--steps", 1,
+                   "--val-clips", 2)
     adapter_path = find_adapter(args.run)
     facts = adapter_facts(adapter_path)
     base, data = check_models(args, facts, adapter_path), OwnData(args.data_root, adapter_path)

@@ -24,6 +24,7 @@ if [ "${1-}" = "--smoke" ]; then
     "$PYTHON" bench/startup.py --repeats 1
     "$PYTHON" bench/generation.py --only time --steps 2 --repeats 1
     "$PYTHON" bench/sharing.py
+    if "$PYTHON" -c "import gradio" 2>/dev/null; then "$PYTHON" bench/demo.py --smoke; fi  # of requirements-demo.txt
     "$PYTHON" bench/kill_sweep.py --kills 4
     "$PYTHON" bench/long_run.py --steps 100
     exit
