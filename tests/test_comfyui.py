@@ -245,7 +245,7 @@ def test_sounds_of_the_world_at_other_rates_are_heard_nearly_as_in_training(worl
         for other in (44100, 32000, 16000):
             resampled = soxr.resample(samples, rate, other)
             soundfile.write(tmp_path / "sound.wav", resampled, other, subtype="FLOAT")
-            got, _ = hearing.embed(CLAP, torch.from_numpy(resampled)[None, None], other, 0.0)
+            got, _ = hearing.embed(CLAP, "name", torch.from_numpy(resampled)[None, None], other, 0.0)
             moved.append(float((got - embed(encoder, str(tmp_path / "sound.wav"))).abs().max()))
     assert len(moved) == 30 and 0 < max(moved) <= 1e-3, max(moved)
 

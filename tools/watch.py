@@ -199,8 +199,8 @@ def main() -> None:
         raise UserError(f"{run}: no such run; expected the folder of --run, such as runs/tiny")
     if (run / "config.json").exists():
         raise UserError(f"{run}: is the folder of one stage; give the run's, {run.absolute().parent}")
-    if not list(run.glob("*/config.json")) and (runs := sorted(
-            {path.parents[1].name for path in run.glob("*/*/config.json")})):
+    runs = sorted({path.parents[1].name for path in run.glob("*/*/config.json")})
+    if runs and not list(run.glob("*/config.json")):
         raise UserError(f"{run}: holds the runs {', '.join(runs)}; give one of them, such as {run / runs[0]}")
     try:
         driver = Driver()
