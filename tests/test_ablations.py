@@ -93,12 +93,16 @@ def trained(config, tmp_path_factory) -> dict:
 
 
 @pytest.mark.parametrize("name", WORKED)
-def test_a_worked_ablation_is_short_and_gives_other_weights_and_a_comparison(
-        name, run_folder, trained, world):
+def test_a_worked_ablation_is_short_and_stands_in_the_docs(name):
     changed = [line for line in (ROOT / f"ablations/{name}.patch").read_text().splitlines()[2:]
                if line.startswith(("+", "-"))]
     assert 0 < len(changed) < 15
     assert "\n".join(["```diff", *changed, "```"]) in (ROOT / "docs/own-ablations.md").read_text()
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "huber"))
+                                  for name in WORKED])
+def test_a_worked_ablation_gives_other_weights_and_a_comparison(name, run_folder, trained, world):
     stage = trained[f"stage{WORKED[name]}"]
     own, plain = (load_file(folder / "adapter.safetensors") for folder in (trained[name], stage))
     assert own.keys() == plain.keys()  # what stock diffusers loads
