@@ -280,7 +280,7 @@ def test_a_run_that_is_not_there(tmp_path):
         f"error: {tmp_path}/none: no such run; expected the folder of --run, such as runs/tiny")
 
 
-@pytest.mark.parametrize("how", ["the key q", "the end of the process"])
+@pytest.mark.parametrize("how", ["the key q", "the end of the process", "an unnoticed end"])
 def test_the_screen_ends_and_gives_the_terminal_back(how, tmp_path):
     """On a terminal, of a run that has not begun."""
     ours, theirs = pty.openpty()
@@ -297,6 +297,7 @@ def test_the_screen_ends_and_gives_the_terminal_back(how, tmp_path):
             os.write(ours, b"q")
         else:
             chain.kill()
+        if how == "the end of the process":  # else it is left as a zombie
             chain.wait()
         assert watch.wait(60) == 0
         assert b"\x1b[?1049l" in os.read(ours, 4096)

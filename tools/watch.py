@@ -156,13 +156,18 @@ def describe_run(run: Path, driver: Driver | None, width: int, height: int) -> l
 
 
 def is_alive(pid: int) -> bool:
+    """Whether the process runs. A zombie has ended: tmux may not take notice of the end of its pane's."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         pass
-    return True
+    try:
+        stat = Path("/proc", str(pid), "stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # no Linux
+        return True
+    return stat.rpartition(") ")[2][:1] != "Z"
 
 
 @contextlib.contextmanager
