@@ -19,21 +19,18 @@ import numpy as np
 import soundfile
 
 from clap2diffusion.base.exits import UserError
-from clap2diffusion.base.settings import Number, new_parser
+from clap2diffusion.base.settings import Number, model_flags, new_parser
 from clap2diffusion.demo.own_data import OwnData
 from clap2diffusion.pictures.inputs import adapter_facts, check_models, find_adapter
 
 PIECE_S = 0.25
 PARSER = new_parser(__doc__)
+model_flags(PARSER)
 add = PARSER.add_argument
-add("--run", default="runs/tiny", help="the run whose adapter draws")
 add("--data-root", default="", help="where its data lie now ('' = where they were in training)")
-add("--base-model", default="", help="another base model ('' = the one of training)")
-add("--clap-model", default="", help="where the CLAP lies now ('' = where it was in training)")
 add("--audio", default="", help="sound to stream, again and again ('' = the examples of the run's data)")
 add("--pictures", type=Number(int, 2), default=60, help="pictures that are timed, after 5 to warm up")
 add("--smoke", action="store_true", help="two pictures, of a small sound world and an adapter made for it")
-add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto = CUDA if torch sees it")
 
 
 def pieces(args, data: OwnData):

@@ -32,7 +32,7 @@ from clap2diffusion.engine.gate_sweep import find_warning
 from clap2diffusion.judging import metrics, page
 from clap2diffusion.judging.clips import Clips, find_data
 from clap2diffusion.judging.equal_weights import compare_adapters
-from clap2diffusion.judging.history import History
+from clap2diffusion.judging.history import TRAINED, History
 from clap2diffusion.judging.judge import Judge
 from clap2diffusion.judging.page import SOUNDS, TEMPLATES, TEXTS
 from clap2diffusion.judging.report import git_commit
@@ -46,7 +46,6 @@ MIXES, DIVERSITY_SEEDS, MIN_DIVERSITY, SWEEP_CLIPS = 10, 8, 0.5, 100
 GATES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 SETTINGS = ("guidance", "steps", "scheduler", "seed", "gate", "noise", "precision", "clips")
 ASKED = ("lora", "lora_scale", "frozen_dtype", "compile")  # written down where they are used
-TRAINED = ("stage", "step", "base_model", "clap_model", "tanh_gate")
 
 
 class Subject:

@@ -19,6 +19,7 @@ from clap2diffusion.base.tensor_file import HEADER, Broken, read_header
 from clap2diffusion.pictures.inputs import adapter_facts
 
 FINAL = "final.safetensors"
+TRAINED = ("stage", "step", "base_model", "clap_model", "tanh_gate")  # of an adapter, in evaluation.json
 NOTHING_KEPT = "best is step 0: nothing that this stage learned is kept"
 UNFOLDED = {"image_proj.norm.weight": "audio_proj.norm.weight",  # tensors that an adapter has as they are
             "image_proj.proj.2.bias": "audio_proj.proj.2.bias"}

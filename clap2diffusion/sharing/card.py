@@ -15,14 +15,13 @@ from clap2diffusion.base import files, hub
 from clap2diffusion.base.exits import UserError
 from clap2diffusion.base.statistics import show_interval
 from clap2diffusion.judging.clips import pick_clips
-from clap2diffusion.judging.history import History
+from clap2diffusion.judging.history import TRAINED, History
 from clap2diffusion.pictures.sheets import contact_sheet, png_bytes
 from clap2diffusion.sharing import folders, layouts
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
 PLACES = ("run", "data_root", "cache_dir", "log_dir", "init_from")  # folders of this machine
 SOUNDS = {"right": "right sound", "silence": "silence", "other": "other sound"}
-TRAINED = ("stage", "step", "base_model", "clap_model", "tanh_gate")
 COLUMNS = 8
 
 
@@ -99,10 +98,11 @@ def pictures(evaluation: dict, folder: Path) -> bytes:
     return png_bytes(contact_sheet(columns, names, list(SOUNDS.values())))
 
 
-def contact_sheet_of(folder: Path, adapter_path: Path) -> bytes:
-    """samples.png, made with this adapter by its stage or by evaluate.py; b'' if there is none."""
+def contact_sheet_of(folder: Path, adapter_path: Path, adapter: str) -> bytes:
+    """samples.png, made with this adapter by its stage or by evaluate.py; b'' if there is none. adapter: its
+    file's SHA-256."""
     copy = folder / layouts.ADAPTER
-    own = copy.is_file() and folders.sha256(copy.read_bytes()) == folders.sha256(adapter_path.read_bytes())
+    own = copy.is_file() and folders.sha256(copy.read_bytes()) == adapter
     for place in [folder] * own + [adapter_path.parent]:
         if (place / "samples.png").is_file():
             return (place / "samples.png").read_bytes()
@@ -147,13 +147,12 @@ def licenses(args: argparse.Namespace, base: Path, base_name: str) -> dict[str, 
 
 def make_card(args: argparse.Namespace, request: argparse.Namespace, facts: dict) -> dict[str, bytes]:
     """README.md, config.json and the pictures. What they show that may not be public is printed."""
-    history = History(request.adapter_path)
+    history, adapter = History(request.adapter_path), folders.sha256(request.adapter_path.read_bytes())
     unet = hub.fingerprint(request.base / "unet")
     other = not hub.is_model(facts["fingerprints"]["unet"], request.base / "unet")
-    evaluation, why_none = read_evaluation(request.folder, facts, history, folders.sha256(
-        request.adapter_path.read_bytes()), unet)
+    evaluation, why_none = read_evaluation(request.folder, facts, history, adapter, unet)
     found = {"pictures.png": pictures(evaluation, request.folder),
-             "samples.png": contact_sheet_of(request.folder, request.adapter_path)}
+             "samples.png": contact_sheet_of(request.folder, request.adapter_path, adapter)}
     found = {name: content for name, content in found.items() if content}
     if "samples.png" in found:
         print("samples.png shows real pictures and spectrograms of your data: see whether they may be public",
